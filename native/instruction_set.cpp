@@ -1,0 +1,26 @@
+// The kernels for one instruction set: compiled once per set, with its flags and -DKVWISE_SET=<name>.
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "simd.h"
+#include "tasks.h"
+
+using namespace kvwise;
+
+#include "decode.inl"
+#include "prefill.inl"
+
+#define KVWISE_JOIN_(a, b) a##b
+#define KVWISE_JOIN(a, b) KVWISE_JOIN_(a, b)
+#define KVWISE_TEXT_(a) #a
+#define KVWISE_TEXT(a) KVWISE_TEXT_(a)
+
+namespace kvwise {
+
+extern const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET);
+const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET) = {
+    KVWISE_TEXT(KVWISE_SET), ::decode, ::decode_mass, ::prefill, ::prefill_mass, ::narrow,
+};
+
+}  // namespace kvwise

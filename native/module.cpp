@@ -1,0 +1,155 @@
+// kvwise._native: tensors come as integer addresses with shapes and strides (in elements); torch is not linked.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "attend.h"
+#include "dispatch.h"
+#include "rows.h"
+
+namespace nb = nanobind;
+
+namespace kvwise {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+const InstructionSet& set_called(const std::string& name) {
+    for (const InstructionSet* set : usable_instruction_sets()) {
+        if (name == set->name) return *set;
+    }
+    throw std::invalid_argument("instruction set '" + name + "' cannot run on this CPU");
+}
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const InstructionSet* set : usable_instruction_sets()) names.emplace_back(set->name);
+    return names;
+}
+
+// Fields of a segment in the order of SEGMENT_FIELDS in kernels/cpu.py; one flat list is the cheapest thing to pass.
+Segment segment_of(const std::vector<int64_t>& f) {
+    if (f.size() != 17) throw std::invalid_argument("a segment has 17 fields, got " + std::to_string(f.size()));
+    Segment s{};
+    s.keys = at<const void>(f[0]);
+    s.values = at<const void>(f[1]);
+    s.tables = at<const int32_t>(f[2]);
+    s.table_stride = f[3];
+    s.table_head_stride = f[4];
+    s.table_width = f[5];
+    s.lengths = at<const int32_t>(f[6]);
+    s.length_stride = f[7];
+    s.length_head_stride = f[8];
+    s.page_stride = f[9];
+    s.page_offset = f[10];
+    s.page_head_step = f[11];
+    s.num_pages = f[12];
+    s.block_size = f[13];
+    s.causal = f[14] != 0;
+    s.positions = at<const int32_t>(f[15]);
+    s.mass = at<float>(f[16]);
+    return s;
+}
+
+void bind_attend(nb::module_& m) {
+    nb::class_<Workspace>(m, "Workspace").def(nb::init<>());
+    m.def(
+        "attend",
+        [](Workspace& workspace, const std::string& set, int storage, int num_heads, int group, int key_dim, int value_dim,
+           int64_t num_tokens, int num_sequences, uintptr_t queries, int64_t token_stride, int64_t head_stride, uintptr_t query_start,
+           uintptr_t query_positions, uintptr_t mass_rows, const std::vector<std::vector<int64_t>>& segments, uintptr_t out,
+           uintptr_t lse, float scale, int window, float softcap, int num_threads) {
+            AttendCall call{};
+            call.shape = {Storage(storage), key_dim, value_dim, group, window, softcap, scale};
+            call.num_heads = num_heads;
+            call.num_sequences = num_sequences;
+            call.num_tokens = num_tokens;
+            call.queries = at<const float>(queries);
+            call.query_token_stride = token_stride;
+            call.query_head_stride = head_stride;
+            call.query_start = at<const int32_t>(query_start);
+            call.query_positions = at<const int32_t>(query_positions);
+            call.mass_rows = at<const int32_t>(mass_rows);
+            call.out = at<float>(out);
+            call.lse = at<float>(lse);
+            call.num_threads = num_threads;
+            std::vector<Segment> all;
+            for (const auto& fields : segments) all.push_back(segment_of(fields));
+            const InstructionSet& functions = set_called(set);
+            const nb::gil_scoped_release unlocked;
+            attend(workspace, functions, call, all);
+        });
+}
+
+void bind_rows(nb::module_& m) {
+    using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+    m.def(
+        "gather",
+        [](uintptr_t arena, int64_t num_slots, int64_t row_bytes, uintptr_t slots, int64_t n, uintptr_t out, int num_threads) {
+            gather_rows({at<char>(arena), num_slots, row_bytes}, at<const int64_t>(slots), n, at<char>(out), num_threads);
+        },
+        Unlocked());
+    m.def(
+        "scatter",
+        [](uintptr_t rows, uintptr_t arena, int64_t num_slots, int64_t row_bytes, uintptr_t slots, int64_t n, int num_threads) {
+            scatter_rows(at<const char>(rows), {at<char>(arena), num_slots, row_bytes}, at<const int64_t>(slots), n, num_threads);
+        },
+        Unlocked());
+    m.def(
+        "move_slots",
+        [](uintptr_t arena, int64_t num_slots, int64_t row_bytes, uintptr_t source, uintptr_t target, int64_t n) {
+            move_rows({at<char>(arena), num_slots, row_bytes}, at<const int64_t>(source), at<const int64_t>(target), n);
+        },
+        Unlocked());
+    m.def(
+        "copy_pages",
+        [](uintptr_t source, int64_t num_source, uintptr_t source_pages, uintptr_t target, int64_t num_target, uintptr_t target_pages,
+           int64_t page_bytes, int64_t n, int num_threads) {
+            copy_rows({at<char>(source), num_source, page_bytes}, at<const int64_t>(source_pages), {at<char>(target), num_target, page_bytes},
+                      at<const int64_t>(target_pages), n, num_threads);
+        },
+        Unlocked());
+    m.def("append", [](const std::string& set, uintptr_t rows, int64_t token_bytes, int64_t head_bytes, bool narrow, int storage, int64_t dim,
+                       uintptr_t arena, int64_t num_slots, int64_t row_bytes, int64_t num_tokens, int64_t num_heads, uintptr_t slots,
+                       bool per_head, int64_t block_size, int64_t page_stride, int64_t page_offset, int num_threads) {
+        const InstructionSet& functions = set_called(set);
+        const nb::gil_scoped_release unlocked;
+        append_rows(functions, {at<const char>(rows), token_bytes, head_bytes, narrow, Storage(storage), dim},
+                    {at<char>(arena), num_slots, row_bytes},
+                    {num_tokens, num_heads, at<const int64_t>(slots), per_head, block_size, page_stride, page_offset}, num_threads);
+    });
+}
+
+// Asks for huge pages behind [address, address + bytes); false where the system has none to give.
+bool advise_huge_pages(uintptr_t address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+    const uintptr_t first = (address + kHuge - 1) / kHuge * kHuge, last = (address + bytes) / kHuge * kHuge;
+    return first < last && madvise(at<void>(first), last - first, MADV_HUGEPAGE) == 0;
+#else
+    (void)address, (void)bytes;
+    return false;
+#endif
+}
+
+}  // namespace
+}  // namespace kvwise
+
+NB_MODULE(_native, m) {
+    m.doc() = "Native CPU kernels of kvwise; use kvwise.kernels, not this module.";
+    m.def("instruction_sets", &kvwise::instruction_sets);
+    m.def("advise_huge_pages", &kvwise::advise_huge_pages);
+    kvwise::bind_attend(m);
+    kvwise::bind_rows(m);
+}

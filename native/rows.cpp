@@ -1,0 +1,90 @@
+// Row moves, split over threads by runs long enough to be worth a thread.
+#include "rows.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "threads.h"
+
+namespace kvwise {
+namespace {
+
+constexpr int64_t kBytesPerRun = 1 << 17;
+constexpr int64_t kRowsAhead = 8;  // rows lie anywhere: ask for them early
+
+char* row_at(const Arena& arena, int64_t slot) {
+    if (slot < 0 || slot >= arena.num_slots) {
+        throw std::invalid_argument("slot " + std::to_string(slot) + " lies outside the arena of " + std::to_string(arena.num_slots) + " slots");
+    }
+    return arena.data + slot * arena.row_bytes;
+}
+
+void prefetch_row(const Arena& arena, int64_t slot) {
+    if (slot < 0 || slot >= arena.num_slots) return;
+    const char* row = arena.data + slot * arena.row_bytes;
+    for (int64_t i = 0; i < std::min<int64_t>(arena.row_bytes, 1024); i += 64) __builtin_prefetch(row + i);
+}
+
+template <class Body>
+void for_runs(int64_t n, int64_t bytes_each, int num_threads, Body body) {
+    const int64_t step = std::max<int64_t>(1, kBytesPerRun / std::max<int64_t>(1, bytes_each));
+    parallel_for((n + step - 1) / step, num_threads, [&](int64_t run, int) { body(run * step, std::min(n, (run + 1) * step)); });
+}
+
+}  // namespace
+
+void gather_rows(const Arena& arena, const int64_t* slots, int64_t n, char* out, int num_threads) {
+    for_runs(n, arena.row_bytes, num_threads, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            if (i + kRowsAhead < to) prefetch_row(arena, slots[i + kRowsAhead]);
+            std::memcpy(out + i * arena.row_bytes, row_at(arena, slots[i]), arena.row_bytes);
+        }
+    });
+}
+
+void scatter_rows(const char* rows, const Arena& arena, const int64_t* slots, int64_t n, int num_threads) {
+    for_runs(n, arena.row_bytes, num_threads, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) std::memcpy(row_at(arena, slots[i]), rows + i * arena.row_bytes, arena.row_bytes);
+    });
+}
+
+void move_rows(const Arena& arena, const int64_t* source, const int64_t* target, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        if (i + kRowsAhead < n) prefetch_row(arena, source[i + kRowsAhead]);
+        std::memmove(row_at(arena, target[i]), row_at(arena, source[i]), arena.row_bytes);
+    }
+}
+
+void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& target, const int64_t* target_rows, int64_t n, int num_threads) {
+    for_runs(n, source.row_bytes, num_threads, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            if (i + 1 < to) prefetch_row(source, source_rows[i + 1]);
+            std::memmove(row_at(target, target_rows[i]), row_at(source, source_rows[i]), source.row_bytes);
+        }
+    });
+}
+
+void append_rows(const InstructionSet& set, const NewRows& rows, const Arena& arena, const AppendTarget& target, int num_threads) {
+    for_runs(target.num_tokens, target.num_heads * arena.row_bytes, num_threads, [&](int64_t from, int64_t to) {
+        for (int64_t t = from; t < to; ++t) {
+            for (int64_t h = 0; h < target.num_heads; ++h) {
+                int64_t slot = target.slots[target.per_head ? t * target.num_heads + h : t];
+                if (!target.per_head) {
+                    const int64_t page = slot / target.block_size * target.page_stride + target.page_offset + h;
+                    slot = page * target.block_size + slot % target.block_size;
+                }
+                char* to_row = row_at(arena, slot);
+                const char* from_row = rows.data + t * rows.token_bytes + h * rows.head_bytes;
+                if (rows.narrow) {
+                    set.narrow(rows.storage, reinterpret_cast<const float*>(from_row), to_row, rows.dim);
+                } else {
+                    std::memcpy(to_row, from_row, arena.row_bytes);
+                }
+            }
+        }
+    });
+}
+
+}  // namespace kvwise

@@ -1,0 +1,48 @@
+// Moving rows of KV: bytes in, bytes out, nothing of attention.
+#pragma once
+
+#include <cstdint>
+
+#include "tasks.h"
+
+namespace kvwise {
+
+// A row is row_bytes bytes; an arena is num_slots rows side by side. Slots outside throw std::invalid_argument.
+struct Arena {
+    char* data;
+    int64_t num_slots;
+    int64_t row_bytes;
+};
+
+void gather_rows(const Arena& arena, const int64_t* slots, int64_t n, char* out, int num_threads);
+void scatter_rows(const char* rows, const Arena& arena, const int64_t* slots, int64_t n, int num_threads);
+
+// Strictly in order: a slot may be read after an earlier move wrote it.
+void move_rows(const Arena& arena, const int64_t* source, const int64_t* target, int64_t n);
+
+// A "row" of both arenas is a whole page here.
+void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& target, const int64_t* target_rows, int64_t n, int num_threads);
+
+// New rows [T, H, dim] of keys or values and where they go.
+struct NewRows {
+    const char* data;
+    int64_t token_bytes;  // from one token to the next
+    int64_t head_bytes;
+    bool narrow;  // float32 rows for an arena of `storage`; otherwise rows already have its dtype
+    Storage storage;
+    int64_t dim;
+};
+
+struct AppendTarget {
+    int64_t num_tokens;
+    int64_t num_heads;
+    const int64_t* slots;    // [T] of whole blocks, or [T, H] in page space
+    bool per_head;
+    int64_t block_size;
+    int64_t page_stride;
+    int64_t page_offset;
+};
+
+void append_rows(const InstructionSet& set, const NewRows& rows, const Arena& arena, const AppendTarget& target, int num_threads);
+
+}  // namespace kvwise

@@ -1,0 +1,135 @@
+// What the driver hands to the code of one instruction set: plain values only, so that both sides agree on the layout.
+//
+// Words: a *row* is one (query, query head) pair that reads the KV head at hand; of n queries with G heads each, row r is
+// query r / G, head r % G. A *tile* is a run of slots handled at once. T tokens, R rows, Dk/Dv head dims.
+#pragma once
+
+#include <cstdint>
+
+namespace kvwise {
+
+enum class Storage : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// One segment as one (sequence, KV head) sees it: page of the i-th table entry = table[i] * page_stride + page_offset.
+struct SegmentView {
+    const void* keys;
+    const void* values;
+    const int32_t* table;
+    int64_t page_stride;
+    int64_t page_offset;
+    const int32_t* positions;  // per slot, null: position = index in table order
+    float* mass;               // per slot, null: not wanted
+    int64_t block_size;
+    int32_t length;
+    bool causal;
+};
+
+// What all tasks of one attend share.
+struct Shape {
+    Storage storage;
+    int32_t key_dim;
+    int32_t value_dim;
+    int32_t group;   // G
+    int32_t window;  // 0: none
+    float softcap;   // 0: none
+    float scale;
+};
+
+// The queries of one sequence for one KV head.
+struct QueryView {
+    const float* data;           // query 0, head 0 of the group
+    int64_t token_stride;        // elements from one query to the next
+    int64_t head_stride;         // elements from one head to the next
+    const int32_t* positions;    // of query 0 on, null: length - n + i
+    int32_t num_queries;         // n
+};
+
+// Softmax so far over some keys: out is unnormalised, relative to `maximum` per row.
+struct Partial {
+    float* out;      // [R, padded Dv]
+    float* maximum;  // [R]
+    float* sum;      // [R]
+};
+
+// A few rows over the keys [from, to) of the joined segments; reads every key once.
+struct DecodeTask {
+    const Shape* shape;
+    QueryView queries;
+    const SegmentView* segments;
+    int32_t num_segments;
+    int64_t from;
+    int64_t to;
+    float* scaled_queries;  // scratch [R, padded Dk]
+    float* probabilities;   // [tiles, R, kDecodeTile] relative to the maximum of their tile, null: no mass wanted
+    float* tile_maximum;    // [tiles, R]
+    float* scratch;         // [R, kDecodeTile + slack]
+    Partial result;
+};
+
+// Adds to the mass of every key of a DecodeTask what the rows gave it, by the rows' final log-sum-exp.
+struct DecodeMassTask {
+    const DecodeTask* decode;
+    const float* lse;           // [R]
+    int32_t first_counted_row;
+};
+
+// Rows [first_row, last_row) of many queries over all keys; writes normalised output.
+struct PrefillTask {
+    const Shape* shape;
+    QueryView queries;
+    const SegmentView* segments;
+    int32_t num_segments;
+    int32_t first_row;
+    int32_t last_row;
+    float* out;  // of query 0, head 0; strides as below
+    int64_t out_token_stride;
+    int64_t out_head_stride;
+    float* lse;  // of query 0, head 0
+    int64_t lse_token_stride;
+    float* workspace;
+};
+
+// The mass that slots [from, to) of one segment receive from rows >= first_row, given each row's final log-sum-exp.
+struct PrefillMassTask {
+    const Shape* shape;
+    QueryView queries;
+    SegmentView segment;
+    int32_t first_row;
+    int64_t from;
+    int64_t to;
+    const float* lse;  // of query 0, head 0
+    int64_t lse_token_stride;
+    float* received;  // [to - from], overwritten
+    float* workspace;
+};
+
+constexpr int kDecodeTile = 64;
+constexpr int kDecodeSlack = 16;  // score stores may run this far over a tile
+constexpr int kMaxDecodeRows = 8;
+constexpr int kPrefillKeys = 64;      // keys of one tile
+constexpr int kPrefillRows = 192;     // rows of one task
+constexpr int kMassKeys = 1024;       // keys of one mass task
+constexpr int kMaxLanes = 16;
+
+inline int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+
+// Number of tiles, all segments together, that a decode over [from, to) visits at most.
+inline int64_t decode_tiles(int64_t keys, int32_t num_segments) { return keys / kDecodeTile + 2 * num_segments + 1; }
+
+inline int64_t prefill_workspace(const Shape& shape) {
+    return (padded(shape.key_dim) + padded(shape.value_dim)) * (kPrefillRows + 3 * kMaxLanes + kPrefillKeys) +
+           int64_t(kPrefillKeys + 16) * 3 * kMaxLanes + 8 * (kPrefillRows + 3 * kMaxLanes);
+}
+
+// The functions of one instruction set.
+struct InstructionSet {
+    const char* name;
+    void (*decode)(const DecodeTask&);
+    void (*decode_mass)(const DecodeMassTask&);
+    void (*prefill)(const PrefillTask&);
+    void (*prefill_mass)(const PrefillMassTask&);
+    // Round n float32 values to the storage type.
+    void (*narrow)(Storage, const float* source, void* target, int64_t n);
+};
+
+}  // namespace kvwise

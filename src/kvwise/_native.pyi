@@ -1,0 +1,74 @@
+"""Types of the native module; every integer called an address is `Tensor.data_ptr()`, 0 where a tensor is absent."""
+
+class Workspace:
+    """Scratch memory of `attend`, kept between calls."""
+
+    def __init__(self) -> None: ...
+
+def instruction_sets() -> list[str]: ...
+def advise_huge_pages(address: int, bytes: int, /) -> bool: ...
+def attend(
+    workspace: Workspace,
+    instruction_set: str,
+    storage: int,
+    num_heads: int,
+    group: int,
+    key_dim: int,
+    value_dim: int,
+    num_tokens: int,
+    num_sequences: int,
+    queries: int,
+    token_stride: int,
+    head_stride: int,
+    query_start: int,
+    query_positions: int,
+    mass_rows: int,
+    segments: list[list[int]],
+    out: int,
+    lse: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    num_threads: int,
+    /,
+) -> None: ...
+def gather(
+    arena: int, num_slots: int, row_bytes: int, slots: int, n: int, out: int, num_threads: int, /
+) -> None: ...
+def scatter(
+    rows: int, arena: int, num_slots: int, row_bytes: int, slots: int, n: int, num_threads: int, /
+) -> None: ...
+def move_slots(arena: int, num_slots: int, row_bytes: int, source: int, target: int, n: int, /) -> None: ...
+def copy_pages(
+    source: int,
+    num_source: int,
+    source_pages: int,
+    target: int,
+    num_target: int,
+    target_pages: int,
+    page_bytes: int,
+    n: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def append(
+    instruction_set: str,
+    rows: int,
+    token_bytes: int,
+    head_bytes: int,
+    narrow: bool,
+    storage: int,
+    dim: int,
+    arena: int,
+    num_slots: int,
+    row_bytes: int,
+    num_tokens: int,
+    num_heads: int,
+    slots: int,
+    per_head: bool,
+    block_size: int,
+    page_stride: int,
+    page_offset: int,
+    num_threads: int,
+    /,
+) -> None: ...

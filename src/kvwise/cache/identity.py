@@ -1,0 +1,88 @@
+"""Keys of blocks: a sha256 chain over everything the bytes of a block depend on."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+
+import numpy as np
+import numpy.typing as npt
+
+from kvwise.core.errors import UsageError
+
+Tokens = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+_MAX_TOKEN = int(np.iinfo(np.int32).max)
+_WIRE = np.dtype("<i4")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the bytes of a block depend on besides its tokens: caches may share only if all agree.
+
+    Fields are printed names, compared exactly. `layers` names the layer map of methods that store some layers
+    only or share them (`"all"`: one to one); `alignment` is the tokens an encoding packs together; `version`
+    is the format of the key itself.
+    """
+
+    model: str
+    revision: str
+    dtype: str
+    block_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    positions: str
+    encoding: str = "native"
+    alignment: int = 1
+    layers: str = "all"
+    adapter: str = ""
+    version: int = 1
+
+    def root(self, salt: str = "") -> bytes:
+        """Parent of the first block of every chain under this identity and salt (32 bytes).
+
+        JSON keeps the fields apart: no two different identities or salts spell the same text.
+        """
+        text = json.dumps([asdict(self), salt], sort_keys=True, ensure_ascii=True)
+        return sha256(text.encode()).digest()
+
+
+@dataclass(slots=True)
+class PrefixKeys:
+    """The chain of one prompt: `chain[i]` is the key of its i-th full block, `root` the parent of the first.
+
+    `probe` is the first block's key without the salt: it never finds a block, it only lets a miss say "other
+    salt".
+    """
+
+    root: bytes
+    unsalted_root: bytes
+    chain: list[bytes] = field(default_factory=list)
+    probe: bytes = b""
+
+    def __len__(self) -> int:
+        return len(self.chain)
+
+    def copy(self) -> "PrefixKeys":
+        """An independent chain with the same keys."""
+        return PrefixKeys(self.root, self.unsalted_root, self.chain.copy(), self.probe)
+
+    def extend(self, tokens: Tokens, block_size: int) -> None:
+        """Append the keys of the full blocks in `tokens` [T], which follow the last keyed block."""
+        data = token_bytes(tokens)
+        step = 4 * block_size
+        parent = self.chain[-1] if self.chain else self.root
+        if not self.chain and len(data) >= step:
+            self.probe = sha256(self.unsalted_root + data[:step]).digest()
+        append = self.chain.append
+        for start in range(0, len(data) - step + 1, step):
+            parent = sha256(parent + data[start : start + step]).digest()
+            append(parent)
+
+
+def token_bytes(tokens: Tokens) -> bytes:
+    """Token ids [T], 4 little-endian bytes each; UsageError outside 0 .. 2^31-1, where they collide."""
+    if tokens.dtype != _WIRE:
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) <= _MAX_TOKEN:
+            raise UsageError(f"token ids must lie in 0 .. {_MAX_TOKEN}: got {tokens.min()} .. {tokens.max()}")
+        tokens = tokens.astype(_WIRE)
+    return tokens.tobytes()

@@ -1,0 +1,175 @@
+"""The life of rows that hold whole blocks: open, reserve, commit, fork, close."""
+
+import numpy as np
+import numpy.typing as npt
+
+from kvwise.cache.identity import PrefixKeys
+from kvwise.cache.store import BlockStore, Publication
+from kvwise.cache.tables import UNBOUNDED, SequenceTables
+from kvwise.cache.values import Match, Move
+from kvwise.core.errors import CapacityError, InvariantError
+
+Int32 = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+class Sequences:
+    """Carries out what `CacheManager` documents, on the rows of `tables` and the blocks of `store`."""
+
+    def __init__(self, store: BlockStore, tables: SequenceTables, block_size: int) -> None:
+        self._store = store
+        self._tables = tables
+        self._block_size = block_size
+
+    def open(self, match: Match, keys: PrefixKeys, *, publishing: bool, expires_at: float) -> int:
+        """A row that holds the matched blocks; it announces the rest of `keys` if `publishing`."""
+        table = self._tables
+        row = table.take()
+        count = len(match.blocks)
+        self._store.retain(match.blocks)
+        table.tables[row, :count] = match.blocks
+        table.num_blocks[row] = table.num_published[row] = count
+        table.num_computed[row] = table.capacity[row] = match.num_tokens
+        table.expires_at[row] = expires_at
+        table.set_keys(row, keys.copy(), self._block_size)
+        if publishing:
+            table.publish_at[row] = match.num_tokens + self._block_size
+            self._store.index.announce(keys.chain[count:], row)
+        return row
+
+    def reserve(self, rows: Ints, num_tokens: Ints) -> Bools:
+        """See `CacheManager.reserve_many`."""
+        short = num_tokens > self._tables.capacity[rows]
+        granted: Bools = ~short
+        where = np.flatnonzero(short)
+        if not len(where):
+            return granted
+        late = rows[where]
+        held = self._tables.num_blocks[late]
+        need = -(-num_tokens[where] // self._block_size) - held
+        self._require_columns(late, held + need)
+        if int(need.sum()) > self._store.num_available:
+            fits = _greedy(need, self._store.num_available)
+            where, late, need = where[fits], late[fits], need[fits]
+        self._append_blocks(late, need)
+        granted[where] = True
+        return granted
+
+    def commit(self, rows: Ints, num_tokens: Ints) -> None:
+        """See `CacheManager.commit`."""
+        table = self._tables
+        if (num_tokens > table.capacity[rows]).any() or (num_tokens < table.num_computed[rows]).any():
+            self._refuse_commit(rows, num_tokens)
+        table.num_computed[rows] = num_tokens
+        due = rows[num_tokens >= table.publish_at[rows]]
+        if len(due):
+            self._publish(due)
+
+    def fork(self, row: int) -> tuple[int, list[Move]]:
+        """See `CacheManager.fork`."""
+        table = self._tables
+        full, rest = divmod(int(table.num_computed[row]), self._block_size)
+        if rest and not self._store.num_available:
+            raise CapacityError(
+                "no block is free for the fork's last block: release or preempt a sequence first"
+            )
+        twin = table.take()
+        shared = table.tables[row, :full]
+        self._store.pool.refs[shared] += 1
+        table.tables[twin, :full] = shared
+        for column in (table.num_computed, table.num_published, table.publish_at, table.expires_at):
+            column[twin] = column[row]
+        table.num_blocks[twin] = full
+        table.capacity[twin] = full * self._block_size
+        table.set_keys(twin, table.chain(row).copy(), self._block_size)
+        if not rest:
+            return twin, []
+        self._append_blocks(np.array([twin]), np.array([1]))
+        return twin, [Move(int(table.tables[row, full]), int(table.tables[twin, full]))]
+
+    def retract(self, row: int) -> None:
+        """The row will publish nothing more: nobody need wait for what it announced."""
+        if self._tables.publish_at[row] < UNBOUNDED:
+            waiting = self._tables.chain(row).chain[int(self._tables.num_published[row]) :]
+            self._store.index.retract(waiting, row)
+            self._tables.publish_at[row] = UNBOUNDED
+
+    def close(self, row: int) -> None:
+        """Drop the row's references and the row."""
+        self.retract(row)
+        self._store.let_go(self._tables.blocks(row))
+        self._tables.give_back(row)
+
+    def _publish(self, due: Ints) -> None:
+        """Publish the blocks of the rows `due` that are full and keyed by now."""
+        table = self._tables
+        start = table.num_published[due]
+        stop = np.minimum(table.num_computed[due], table.num_keyed[due]) // self._block_size
+        table.num_published[due] = stop
+        table.publish_at[due] = (stop + 1) * self._block_size
+        keys: list[bytes] = []
+        parents: list[bytes] = []
+        probes: dict[int, bytes] = {}
+        for row, first, last in zip(due.tolist(), start.tolist(), stop.tolist(), strict=True):
+            source = table.chain(row)
+            keys += source.chain[first:last]
+            if first:
+                parents += source.chain[first - 1 : last - 1]
+            elif last:
+                parents += [source.root, *source.chain[: last - 1]]
+                probes[int(table.tables[row, 0])] = source.probe
+        if keys:
+            count = stop - start
+            row_of, depths = np.repeat(due, count), _columns(start, count)
+            blocks = table.tables[row_of, depths]
+            self._store.publish(Publication(keys, parents, blocks, depths, table.expires_at[row_of], probes))
+
+    def _append_blocks(self, rows: Ints, need: Ints) -> None:
+        """Give each of `rows` `need` (>= 1) more blocks; there is room for them."""
+        total = int(need.sum())
+        blocks = self._store.take(total)
+        self._store.pool.refs[blocks] = 1
+        held = self._tables.num_blocks[rows]
+        if total == len(rows):
+            self._tables.tables[rows, held] = blocks
+        else:
+            self._tables.tables[np.repeat(rows, need), _columns(held, need)] = blocks
+        self._tables.num_blocks[rows] = held + need
+        self._tables.capacity[rows] = (held + need) * self._block_size
+
+    def _require_columns(self, rows: Ints, wanted: Ints) -> None:
+        for row in rows[~self._tables.live[rows]].tolist():
+            self._tables.require_live(row)
+        most, limit = int(wanted.max()), self._tables.max_blocks
+        if most > limit:
+            raise CapacityError(
+                f"a sequence of {most} blocks is longer than a table of {limit} blocks "
+                f"({limit * self._block_size} tokens): shorten the request or raise max_model_len"
+            )
+
+    def _refuse_commit(self, rows: Ints, num_tokens: Ints) -> None:
+        table = self._tables
+        bad = (num_tokens > table.capacity[rows]) | (num_tokens < table.num_computed[rows])
+        row, count = int(rows[bad][0]), int(num_tokens[bad][0])
+        raise InvariantError(
+            f"commit of {count} tokens to row {row}, with {table.num_computed[row]} computed and room for "
+            f"{table.capacity[row]}: reserve before commit, and never take tokens back"
+        )
+
+
+def _columns(start: Ints, count: Ints) -> Int32:
+    """`start[i], start[i] + 1, ...` (`count[i]` of them) for every i, in one array."""
+    ends: npt.NDArray[np.int64] = np.cumsum(count, dtype=np.int64)
+    columns: Int32 = (np.arange(int(ends[-1])) + np.repeat(start - ends + count, count)).astype(np.int32)
+    return columns
+
+
+def _greedy(need: Ints, available: int) -> Bools:
+    """Which demands are met, in order, out of `available`."""
+    fits = np.zeros(len(need), np.bool_)
+    for i, count in enumerate(need.tolist()):
+        if count <= available:
+            available -= count
+            fits[i] = True
+    return fits

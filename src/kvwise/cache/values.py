@@ -1,0 +1,58 @@
+"""What the manager hands out: matches, moves, usage."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvwise.cache.misses import Miss
+
+
+class Move(NamedTuple):
+    """Copy the bytes of a whole block before anybody writes the target."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest resident run at the start of a prompt, and why it goes no further.
+
+    `blocks` int32 [n]; `num_tokens` = n * block_size; `num_pending`: tokens right behind them that a live
+    sequence is computing now (waiting for it may be cheaper than computing them twice); `generation` lets
+    `admit` tell whether the run still stands.
+    """
+
+    blocks: npt.NDArray[np.int32]
+    num_tokens: int
+    num_pending: int
+    miss: Miss
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Where the blocks are: `num_blocks` = free + cached + referenced + broken.
+
+    Cached blocks are published and unreferenced; they count as used pages, though most can be evicted at
+    once. `num_pages_used`: pages that hold something: all of a cached or referenced block's, the owned ones
+    of a broken block. `num_pages_loose`: the other pages of broken blocks, which only page tables can use.
+    """
+
+    num_blocks: int
+    num_free: int
+    num_cached: int
+    num_referenced: int
+    num_broken: int
+    num_pages: int
+    num_pages_used: int
+    num_pages_loose: int
+    num_pinned: int
+    num_sequences: int
+
+    @property
+    def num_pages_held(self) -> int:
+        """Pages that live sequences hold: used ones without the merely cached blocks."""
+        return self.num_pages_used - self.num_cached * (self.num_pages // self.num_blocks)

@@ -1,0 +1,1 @@
+"""Values everyone shares: ids, strategies, configuration, errors, clocks. Imports nothing of kvwise or torch."""

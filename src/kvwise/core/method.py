@@ -1,0 +1,85 @@
+"""What a method is: one answer to one of the six questions about the KV of a token."""
+
+from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from kvwise.core.errors import StrategyError
+
+
+class Axis(StrEnum):
+    """The six questions. A strategy gives one answer to each."""
+
+    RETENTION = "retention"  # which tokens stay?
+    SELECTION = "selection"  # which stored tokens does this query read?
+    ENCODING = "encoding"  # in how many bytes?
+    REUSE = "reuse"  # whose KV may stand in for computing it?
+    LOADING = "loading"  # how does stored KV come back?
+    DECODING = "decoding"  # how many tokens in a step?
+
+
+class Trait(StrEnum):
+    """What a method needs of the engine or does to the KV; pairs are judged by these alone."""
+
+    NEEDS_EVERY_ROW = "ranks tokens by the attention of every prompt row"
+    SKIPS_ROWS = "reuses KV, so the rows of the reused tokens are never computed"
+    OWNS_PAGES = "rearranges a request's pages after prefill"
+    PRIVATE = "makes the kept bytes depend on the request"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with its options: a value one can print, hash, compare and sweep.
+
+    A subclass is a frozen dataclass whose fields are the options. It states `name`, `axis`, `idea` (one line),
+    `paper` and `traits`. `default` marks the answer an axis has when nothing is named.
+    """
+
+    name: ClassVar[str]
+    axis: ClassVar[Axis]
+    idea: ClassVar[str]
+    paper: ClassVar[str]
+    traits: ClassVar[frozenset[Trait]] = frozenset()
+    default: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        given = [
+            f"{f.name}={_show(getattr(self, f.name))}"
+            for f in fields(self)
+            if f.default is MISSING or getattr(self, f.name) != f.default
+        ]
+        return f"{self.name}({', '.join(given)})" if given else self.name
+
+    def require(self, option: str, ok: bool, limit: str) -> None:
+        """Refuse the value of `option` unless `ok`, naming the value and the limit."""
+        if not ok:
+            value = getattr(self, option)
+            raise StrategyError(f"{self.name}: {option}={_show(value)} is out of range: it must be {limit}")
+
+    @classmethod
+    def build(cls, options: dict[str, Any]) -> "Method":
+        """Make the method from named options; unknown names and wrong types are refused with the known ones."""
+        known = {f.name: f for f in fields(cls)}
+        for name, value in options.items():
+            if name not in known:
+                have = ", ".join(known) or "none"
+                raise StrategyError(f"{cls.name} has no option {name!r}; its options: {have}")
+            _check_type(cls.name, name, value, known[name].type)
+        typed = {n: float(v) if known[n].type is float else v for n, v in options.items()}
+        return cls(**typed)
+
+
+def _show(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _check_type(method: str, option: str, value: object, annotation: object) -> None:
+    wanted = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+    accepts: tuple[type, ...]
+    for base, word in wanted.items():
+        if annotation is base or annotation == base | None:
+            accepts = (int, float) if base is float else (base,)
+            is_bool_for_number = isinstance(value, bool) and base is not bool
+            if not isinstance(value, accepts) or is_bool_for_number:
+                raise StrategyError(f"{method}: {option}={value!r} must be {word}")
+            return

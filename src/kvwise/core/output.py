@@ -1,0 +1,99 @@
+"""What comes back: outputs of a request, its times, what the methods did to it, and the engine's figures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of one request, in seconds on the engine's clock, and its token counts."""
+
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    miss: str | None = None
+
+
+@dataclass(slots=True)
+class Attestation:
+    """What the methods did to one request. `did` counts, per method, the work that only it does."""
+
+    strategy: str
+    tokens_seen: int = 0
+    tokens_computed: int = 0
+    tokens_reused: int = 0
+    tokens_dropped: int = 0  # per layer and head: a token dropped by all L*H heads counts L*H
+    tokens_fetched: int = 0  # likewise
+    fetch_candidates: int = 0  # tokens a selection could have fetched: fetched / candidates is the share read
+    recall_hits: int = 0  # of the tokens the true query scores highest, how many were fetched (engine config: audit)
+    recall_total: int = 0
+    bytes_freed: int = 0
+    bytes_fetched: int = 0
+    did: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probability of one sampled token and of the most likely ones (raw distribution)."""
+
+    token_id: int
+    logprob: float
+    top: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """One output sequence of a request. A step emits it when tokens were added; `new_token_ids` says which.
+
+    With `n > 1` each of the n samples is an output of its own, told apart by `index`.
+    """
+
+    request_id: str
+    index: int
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    new_token_ids: list[int]
+    text: str
+    finish_reason: FinishReason | None
+    error: str | None
+    logprobs: list[TokenLogprob] | None
+    metrics: RequestMetrics
+    attestation: Attestation
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Figures of one moment. Bytes are bytes in use per tier; blocks are of the device pool."""
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_steps: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    pool_bytes: int
+    kv_bytes: Mapping[str, int]
+    prefix_queries: int  # tokens looked up
+    prefix_hits: int  # tokens found
+    links: Mapping[str, str]  # throttled links and their label, such as {"host:device": "12 GB/s (throttled)"}

@@ -1,0 +1,138 @@
+"""A strategy: one answer to each of the six questions, as a value that prints as one line and parses back."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Protocol
+
+from kvwise.core.errors import StrategyError
+from kvwise.core.method import Axis, Method, Trait
+
+# Pairs of traits that cannot work together, and why. The table of what composes with what is derived from this.
+CONFLICTS: tuple[tuple[Trait, Trait, str], ...] = (
+    (
+        Trait.NEEDS_EVERY_ROW,
+        Trait.SKIPS_ROWS,
+        "the first ranks tokens by the attention of every prompt row, and rows of reused tokens are never computed",
+    ),
+    (
+        Trait.OWNS_PAGES,
+        Trait.OWNS_PAGES,
+        "both rearrange a request's pages after prefill, and a page can have one owner",
+    ),
+)
+
+
+class Catalogue(Protocol):
+    """Where method names are looked up."""
+
+    def find(self, name: str) -> type[Method]:
+        """The method called `name`; StrategyError naming the known ones if there is none."""
+        ...
+
+    def default(self, axis: Axis) -> Method:
+        """The answer an axis has when nothing is named."""
+        ...
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One method per axis. Refused when built, with the reason, if a pair cannot work together."""
+
+    retention: Method
+    selection: Method
+    encoding: Method
+    reuse: Method
+    loading: Method
+    decoding: Method
+
+    def __post_init__(self) -> None:
+        for axis, method in zip(Axis, self.methods(), strict=True):
+            if method.axis is not axis:
+                raise StrategyError(f"{method.name} answers {method.axis}, not {axis}")
+        for first, second in combinations(self.methods(), 2):
+            reason = conflict(first, second)
+            if reason:
+                raise StrategyError(f"{first.name} and {second.name} cannot work together: {reason}")
+
+    def methods(self) -> Iterator[Method]:
+        """The six methods in axis order."""
+        return (getattr(self, f.name) for f in fields(self))
+
+    def __str__(self) -> str:
+        named = [str(m) for m in self.methods() if not m.default]
+        return "+".join(named) or str(self.retention)
+
+    def to_toml(self) -> str:
+        """One line of TOML that `parse_strategy` reads back."""
+        return f'strategy = "{self}"'
+
+
+def conflict(first: Method, second: Method) -> str | None:
+    """Why two methods cannot work together, or None if they can."""
+    for a, b, reason in CONFLICTS:
+        if a in first.traits and b in second.traits:
+            return reason
+        if a in second.traits and b in first.traits:
+            return reason.replace("the first", second.name)
+    return None
+
+
+def parse_strategy(text: str, catalogue: Catalogue) -> Strategy:
+    """Read `h2o(budget=0.2)+prefix`. What is not named has its default; each axis may be named once."""
+    chosen: dict[Axis, Method] = {}
+    for part in _split(text):
+        method = _parse_method(part, catalogue)
+        if method.axis in chosen:
+            raise StrategyError(
+                f"{chosen[method.axis].name} and {method.name} both answer {method.axis.value!r}: name one of them"
+            )
+        chosen[method.axis] = method
+    return make_strategy(chosen, catalogue)
+
+
+def make_strategy(chosen: Mapping[Axis, Method], catalogue: Catalogue) -> Strategy:
+    """A strategy of the chosen methods and the defaults of all other axes."""
+    return Strategy(*(chosen.get(axis) or catalogue.default(axis) for axis in Axis))
+
+
+def _split(text: str) -> list[str]:
+    """Cut at `+` outside parentheses."""
+    parts = [p.strip() for p in re.split(r"\+(?![^(]*\))", text)]
+    if not text.strip() or not all(parts):
+        raise StrategyError(f"{text!r} is no strategy; write methods joined by '+', such as 'h2o(budget=0.2)'")
+    return parts
+
+
+_METHOD = re.compile(r"([a-z][a-z0-9_-]*)(?:\((.*)\))?")
+_OPTION = re.compile(r"([a-z_][a-z0-9_]*)\s*=\s*([^\s,=()]+)")
+
+
+def _parse_method(text: str, catalogue: Catalogue) -> Method:
+    match = _METHOD.fullmatch(text)
+    if match is None:
+        raise StrategyError(f"{text!r} is no method; write name or name(option=value, ...)")
+    kind = catalogue.find(match[1])
+    options: dict[str, object] = {}
+    for item in (match[2] or "").split(","):
+        if not item.strip():
+            continue
+        option = _OPTION.fullmatch(item.strip())
+        if option is None:
+            raise StrategyError(f"{match[1]}: {item.strip()!r} is no option; write option=value")
+        if option[1] in options:
+            raise StrategyError(f"{match[1]}: option {option[1]!r} is given twice")
+        options[option[1]] = _parse_value(option[2])
+    return kind.build(options)
+
+
+def _parse_value(text: str) -> bool | int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text.strip("'\"")

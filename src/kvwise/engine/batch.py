@@ -1,0 +1,118 @@
+"""One step's flat batch: tokens, positions and, for each part, where its KV is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvwise.cache.manager import CacheManager
+from kvwise.engine.placement.base import Placement
+from kvwise.engine.scheduler import Scheduled
+from kvwise.kernels.base import Kernels
+from kvwise.models.attention import BlockPart, Part, StepBatch
+from kvwise.tiers.arena import Arena
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a step hands to the model, and which of its rows are sampled.
+
+    `tokens` and `positions` int64 [T]; `logit_rows` int64 [R] are the last rows of `sampled`, in that order. `order`
+    is the schedule in the order of the flat batch: sequences in blocks first, settled ones behind them.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    logit_rows: Tensor
+    step: StepBatch
+    order: list[Scheduled]
+    sampled: list[Scheduled]
+
+
+class BatchBuilder:
+    """Lays out steps for one engine."""
+
+    def __init__(self, cache: CacheManager, arena: Arena, kernels: Kernels, placement: Placement) -> None:
+        self._cache = cache
+        self._arena = arena
+        self._kernels = kernels
+        self._placement = placement
+        self._device = arena.keys.device
+
+    def build(self, schedule: Sequence[Scheduled]) -> Batch:
+        """Flatten a schedule."""
+        in_blocks = [s for s in schedule if not s.sequence.settled]
+        settled = [s for s in schedule if s.sequence.settled]
+        order = in_blocks + settled
+        num_in_blocks = sum(s.num_tokens for s in in_blocks)
+        parts: list[Part] = []
+        if in_blocks:
+            parts.append(self._block_part(in_blocks, num_in_blocks))
+        if settled:
+            rows = slice(num_in_blocks, num_in_blocks + len(settled))
+            parts.append(self._placement.part([s.sequence for s in settled], rows))
+        tokens, positions = _tokens_and_positions(order)
+        ends = np.cumsum([s.num_tokens for s in order]) - 1
+        sampled = [i for i, s in enumerate(order) if s.samples]
+        return Batch(
+            self._tensor(tokens),
+            self._tensor(positions),
+            self._tensor(ends[sampled]),
+            StepBatch(parts),
+            order,
+            [order[i] for i in sampled],
+        )
+
+    def _tensor(self, array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _block_part(self, items: Sequence[Scheduled], num_rows: int) -> BlockPart:
+        size = self._arena.layout.block_size
+        rows = np.array([s.sequence.row for s in items])
+        counts = np.array([s.num_tokens for s in items])
+        lengths = np.array([s.sequence.num_computed for s in items]) + counts
+        longest = int(-(-lengths.max() // size))
+        tables = self._cache.tables[rows, :longest]
+        positions = _ranges(lengths - counts, counts)
+        blocks = tables[np.repeat(np.arange(len(items)), counts), positions // size].astype(np.int64)
+        self._start_columns(blocks, positions)
+        return BlockPart(
+            slice(0, num_rows),
+            self._kernels,
+            self._arena,
+            torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)).to(self._device),
+            torch.from_numpy(tables).to(self._device),
+            torch.from_numpy(lengths.astype(np.int32)).to(self._device),
+            self._tensor(blocks * size + positions % size),
+            mass=self._placement.wants_mass,
+            observer=self._placement.observer([(s.sequence, s.num_tokens) for s in items]),
+        )
+
+    def _start_columns(self, blocks: np.ndarray, positions: np.ndarray) -> None:  # type: ignore[type-arg]
+        """New tokens have their position and have received no attention yet, in all layers and heads."""
+        size = self._arena.layout.block_size
+        where = (self._tensor(blocks), slice(None), self._tensor(positions % size))
+        if "positions" in self._arena.columns:
+            values = torch.from_numpy(positions.astype(np.int32)).to(self._device)
+            self._arena.by_block("positions")[where] = values[:, None]
+        if "mass" in self._arena.columns:
+            self._arena.by_block("mass")[where] = 0.0
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """starts[0], starts[0] + 1, ... for counts[0] values, then the next: int64."""
+    ends = np.cumsum(counts)
+    inside = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+    return (np.repeat(starts, counts) + inside).astype(np.int64)
+
+
+def _tokens_and_positions(order: Sequence[Scheduled]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    tokens: list[int] = []
+    for item in order:
+        start = item.sequence.num_computed
+        tokens += item.sequence.tokens[start : start + item.num_tokens]
+    starts = np.array([s.sequence.num_computed for s in order])
+    counts = np.array([s.num_tokens for s in order])
+    return np.array(tokens, dtype=np.int64), _ranges(starts, counts)

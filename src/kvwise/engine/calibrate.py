@@ -1,0 +1,65 @@
+"""Shows a selection method's index a sample prompt, so that it can learn about the model before any request."""
+
+import torch
+from torch import Tensor
+
+from kvwise.core.layout import KVLayout
+from kvwise.kernels.base import Kernels
+from kvwise.methods.selection.base import Index
+from kvwise.models.attention import BlockPart, StepBatch
+from kvwise.models.hook import forward
+from kvwise.models.loaded import LoadedModel
+from kvwise.tiers.arena import Arena
+
+NUM_TOKENS = 512
+SAMPLE = (
+    "The keeper of the lighthouse wrote down, every evening, what had passed the point that day: two schooners bound "
+    "south with timber, a mail packet late by six hours, one fishing boat that turned back before the weather did. He "
+    "was not asked to do it. The harbour had its own books and its own clerks, and when a ship was missing nobody "
+    "rowed out to the rock to look for it on paper. But the entries went on for thirty-one years, in the same hand, "
+    "in ink that he mixed himself, and when the company that owned the light was sold and its lawyers came to count "
+    "the lamps and the barrels of oil, they found the shelf of ledgers and asked what they were for. 'They are so "
+    "that I know what I saw,' he said. 'A man alone remembers what he likes. Paper remembers what there was.' One of "
+    "the lawyers, younger than the rest, took down a volume and read it standing until the boat was called. "
+)
+
+
+class _Calibrator:
+    """An observer that hands what it sees to the index."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def observe(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+        """See the whole sample at once."""
+        self._index.calibrate(layer, queries, keys)
+
+
+def calibrate(loaded: LoadedModel, index: Index, layout: KVLayout, kernels: Kernels) -> None:
+    """Prefill a sample of up to 512 tokens on a small arena of its own (the paper samples 2,048 tokens of PG-19)."""
+    tokens = sample_tokens(loaded, min(NUM_TOKENS, loaded.max_model_len))
+    device = loaded.device
+    num_blocks = layout.num_blocks_for(len(tokens))
+    arena = Arena(layout, num_blocks, loaded.dtype, device)
+    positions = torch.arange(len(tokens), device=device)
+    part = BlockPart(
+        slice(0, len(tokens)),
+        kernels,
+        arena,
+        torch.tensor([0, len(tokens)], dtype=torch.int32, device=device),
+        torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
+        torch.tensor([len(tokens)], dtype=torch.int32, device=device),
+        positions,
+        observer=_Calibrator(index),
+    )
+    no_logits = torch.empty(0, dtype=torch.int64, device=device)
+    forward(loaded, torch.tensor(tokens, device=device), positions, StepBatch([part]), no_logits)
+
+
+def sample_tokens(loaded: LoadedModel, num_tokens: int) -> list[int]:
+    """The sample text as `num_tokens` tokens; ids drawn with a fixed seed where the vocabulary carries no text."""
+    if loaded.tokenizer.bos_token_id is None and loaded.vocab_size < 259:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(loaded.vocab_size, (num_tokens,), generator=generator).tolist()
+    once = loaded.tokenizer.encode(SAMPLE)
+    return (once * (num_tokens // len(once) + 1))[:num_tokens]

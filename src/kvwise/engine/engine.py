@@ -1,0 +1,228 @@
+"""The engine: `step` is schedule, run, commit."""
+
+import itertools
+from collections.abc import Sequence as Many
+
+import numpy as np
+from torch import Tensor
+
+from kvwise.core.clock import Clock, MonotonicClock
+from kvwise.core.config import EngineConfig
+from kvwise.core.errors import CapacityError, UsageError
+from kvwise.core.output import Attestation, EngineStats, FinishReason, RequestMetrics, RequestOutput
+from kvwise.core.params import SamplingParams
+from kvwise.core.strategy import Strategy
+from kvwise.engine.batch import Batch, BatchBuilder
+from kvwise.engine.finish import Finisher
+from kvwise.engine.placement.choose import make_memory
+from kvwise.engine.runner import Runner
+from kvwise.engine.sampler import SequenceSampler
+from kvwise.engine.scheduler import Scheduler
+from kvwise.engine.sequence import Observe, Phase, Sequence
+from kvwise.engine.sizing import max_model_len
+from kvwise.models.loaded import LoadedModel
+from kvwise.models.text import OutputText
+
+
+class Engine:
+    """Continuous batching of many requests over one model and one strategy. Speaks token ids; not thread-safe."""
+
+    def __init__(
+        self, loaded: LoadedModel, strategy: Strategy, config: EngineConfig, clock: Clock | None = None
+    ) -> None:
+        self.loaded = loaded
+        self.strategy = strategy
+        self.config = config
+        self.clock = clock or MonotonicClock()
+        self.memory = make_memory(loaded, strategy, config, self.clock)
+        self.max_model_len = max_model_len(loaded, config)
+        cache, placement = self.memory.cache, self.memory.placement
+        self._scheduler = Scheduler(cache, placement, config, self.clock)
+        self._builder = BatchBuilder(cache, self.memory.arena, self.memory.kernels, placement)
+        self._runner = Runner(loaded, look_ahead=placement.looks_ahead)
+        self._finisher = Finisher(self.memory, self._scheduler, loaded, self.clock)
+        self._requests: dict[str, list[Sequence]] = {}
+        self._ids = itertools.count()
+        self._num_steps = 0
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Many[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        salt: str = "",
+        arrival: float | None = None,
+        observe: Observe | None = None,
+    ) -> str:
+        """Queue a request and return its id. UsageError if it can never be served; nothing is queued then.
+
+        `salt` separates tenants: equal prompts under different salts share nothing. `arrival` is in seconds on the
+        engine's clock (now, if None). `observe(step, logits)` sees the raw logits [V] behind every output token.
+        """
+        number = next(self._ids)
+        name = request_id if request_id is not None else f"request-{number}"
+        tokens = [int(t) for t in prompt]
+        self._refuse(name, tokens, params)
+        now = self.clock.now() if arrival is None else arrival
+        sequences = [
+            self._sequence(name, index, number, tokens, params, salt, now, observe) for index in range(params.n)
+        ]
+        sequences[0].siblings = sequences[1:]
+        self._requests[name] = sequences
+        self._scheduler.add(sequences[0])
+        return name
+
+    def _sequence(
+        self, name: str, index: int, number: int, tokens: list[int], params: SamplingParams, salt: str, now: float,
+        observe: Observe | None,
+    ) -> Sequence:  # fmt: skip
+        sequence = Sequence(
+            request_id=name,
+            index=index,
+            num_prompt=len(tokens),
+            tokens=list(tokens),
+            params=params,
+            salt=salt,
+            metrics=RequestMetrics(arrival=now, num_prompt_tokens=len(tokens)),
+            attestation=Attestation(str(self.strategy)),
+            output=OutputText(self.loaded.tokenizer, params.stop),
+            sampler=SequenceSampler(
+                params,
+                tokens,
+                vocab_size=self.loaded.vocab_size,
+                eos_token_ids=self.loaded.eos_token_ids,
+                seed=number,
+                index=index,
+                device=self.loaded.device,
+            ),
+            observe=observe,
+        )
+        sequence.keys = self.memory.cache.keys(sequence.token_array(), salt)
+        return sequence
+
+    def _refuse(self, name: str, tokens: list[int], params: SamplingParams) -> None:
+        longest = len(tokens) + params.max_tokens
+        vocab = self.loaded.vocab_size
+        if name in self._requests:
+            raise UsageError(f"request id {name!r} is in use: choose another")
+        if not tokens:
+            raise UsageError("the prompt is empty: give at least one token")
+        if not all(0 <= t < vocab for t in tokens):
+            bad = next(t for t in tokens if not 0 <= t < vocab)
+            raise UsageError(f"token id {bad} is outside the vocabulary of {vocab} tokens")
+        if longest > self.max_model_len:
+            raise CapacityError(
+                f"prompt of {len(tokens)} tokens and max_tokens={params.max_tokens} make {longest}, more than "
+                f"max_model_len={self.max_model_len}: shorten the prompt or lower max_tokens"
+            )
+        forced = params.forced_tokens
+        if forced is not None and (len(forced) < params.max_tokens or not all(0 <= t < vocab for t in forced)):
+            raise UsageError(f"forced_tokens must be max_tokens={params.max_tokens} ids below {vocab}")
+        self._refuse_size(len(tokens), longest)
+
+    def _refuse_size(self, num_prompt: int, longest: int) -> None:
+        """Every request must be able to run alone, or it would wait for ever."""
+        placement = self.memory.placement
+        self.memory.cache.require_fits(num_prompt if placement.settles else longest)
+        reason = placement.room_for(num_prompt, longest)
+        if reason is not None:
+            raise CapacityError(reason)
+
+    def abort(self, request_id: str) -> None:
+        """End a request in any phase; its memory is free at once. An id that is not known is no error."""
+        for sequence in self._requests.get(request_id, []):
+            if sequence.phase is not Phase.FINISHED:
+                self._finisher.end(sequence, FinishReason.ABORT)
+
+    def has_unfinished(self) -> bool:
+        """Whether some request has tokens to come, or an end that `step` has not told yet."""
+        return bool(self._requests)
+
+    # -- a step -------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, commit: one forward pass for every request that can go on."""
+        schedule = self._scheduler.schedule()
+        if schedule:
+            batch = self._builder.build(schedule)
+            logits = self._runner.run(batch)
+            self._commit(batch, logits)
+        elif not self._scheduler.running and self._scheduler.waiting:
+            self._finisher.refuse_stuck(self._scheduler.waiting[0])
+        self._num_steps += 1
+        if self.config.check:
+            self.memory.cache.check()
+        return self.collect()
+
+    def _commit(self, batch: Batch, logits: Tensor) -> None:
+        """The step's KV is written: make it known, let methods see it, take the new tokens."""
+        prefills = [(s.sequence, s.num_tokens) for s in batch.order if s.sequence.phase is Phase.PREFILL]
+        settled = [s.sequence for s in batch.order if s.sequence.settled]
+        for item in batch.order:
+            item.sequence.num_computed += item.num_tokens
+            item.sequence.attestation.tokens_computed += item.num_tokens
+        sound = self._finisher.drop_unsound(batch.sampled, logits)
+        self._publish([s.sequence for s in batch.order if s.sequence.row is not None])
+        if prefills := [p for p in prefills if p[0].row is not None]:
+            self.memory.placement.after_prefill_step(prefills)
+        if settled := [s for s in settled if s.row is not None]:
+            self.memory.placement.after_decode_step(settled)
+        self._finisher.take_tokens(sound, logits)
+
+    def _publish(self, sequences: list[Sequence]) -> None:
+        rows = np.array([s.row for s in sequences], dtype=np.int64)
+        computed = np.array([s.num_computed for s in sequences], dtype=np.int64)
+        cache = self.memory.cache
+        for i in cache.keyless(rows, computed).tolist():
+            start = cache.num_keyed(int(rows[i]))
+            cache.extend_keys(int(rows[i]), np.asarray(sequences[i].tokens[start : computed[i]], dtype=np.int64))
+        cache.commit(rows, computed)
+
+    def collect(self) -> list[RequestOutput]:
+        """Outputs of all sequences with news since the last call; requests that have ended are forgotten."""
+        outputs = []
+        for name in list(self._requests):
+            sequences = self._requests[name]
+            outputs += [self._finisher.output(s) for s in sequences if s.has_news]
+            if all(s.phase is Phase.FINISHED for s in sequences):
+                del self._requests[name]
+        return outputs
+
+    # -- figures ------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Figures of this moment."""
+        usage, cache = self.memory.cache.usage(), self.memory.cache
+        outside = dict(self.memory.placement.kv_bytes())
+        device = usage.num_pages_used * self.memory.layout.page_bytes + outside.pop("device", 0)
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            num_preemptions=self._scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            blocks_total=usage.num_blocks,
+            blocks_free=usage.num_free,
+            blocks_cached=usage.num_cached,
+            pool_bytes=self.memory.arena.num_bytes,
+            kv_bytes={"device": device, **outside},
+            prefix_queries=cache.num_prefix_queries,
+            prefix_hits=cache.num_prefix_hits,
+            links=self.memory.placement.links(),
+        )
+
+    def close(self) -> None:
+        """End what runs in the background and take the hooks off the model."""
+        for name in list(self._requests):
+            self.abort(name)
+        self._requests.clear()
+        self._runner.close()
+        self.memory.placement.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,178 @@
+"""What follows a forward pass: new tokens, samples that fork, ends, and what the caller is told."""
+
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+
+from kvwise.core.clock import Clock
+from kvwise.core.errors import CapacityError, RequestError
+from kvwise.core.output import FinishReason, RequestOutput
+from kvwise.engine.placement.choose import Memory
+from kvwise.engine.runner import finite_rows
+from kvwise.engine.sampler import sample
+from kvwise.engine.scheduler import Scheduled, Scheduler
+from kvwise.engine.sequence import Phase, Sequence
+from kvwise.models.loaded import LoadedModel
+
+
+class Finisher:
+    """Carries requests over the end of a step."""
+
+    def __init__(self, memory: Memory, scheduler: Scheduler, loaded: LoadedModel, clock: Clock) -> None:
+        self._memory = memory
+        self._scheduler = scheduler
+        self._clock = clock
+        self._eos = frozenset(loaded.eos_token_ids)
+
+    # -- after the forward pass ---------------------------------------------------------------------------------
+
+    def drop_unsound(self, sampled: Many[Scheduled], logits: Tensor) -> list[tuple[Sequence, int]]:
+        """End every request whose logits are not finite, before its KV can be shared; the others with their row."""
+        sound = []
+        for row, (item, fine) in enumerate(zip(sampled, finite_rows(logits), strict=True)):
+            if fine:
+                sound.append((item.sequence, row))
+            else:
+                self.end(item.sequence, FinishReason.ERROR, "the model's logits are not finite numbers")
+        return sound
+
+    def take_tokens(self, sampled: list[tuple[Sequence, int]], logits: Tensor) -> None:
+        """Sample a token for each (sequence, row of logits), then let finished prefills fork and settle."""
+        fresh = [s for s, _ in sampled if s.phase is Phase.PREFILL]
+        rows = list(sampled)
+        for sequence, row in sampled:
+            rows += [(twin, row) for twin in self._fork(sequence)]
+        if not rows:
+            return
+        index = torch.tensor([row for _, row in rows], device=logits.device)
+        chosen = sample(logits[index], [s.sampler for s, _ in rows])
+        now = self._clock.now()
+        for (sequence, row), found in zip(rows, chosen, strict=True):
+            if isinstance(found, RequestError):
+                self.end(sequence, FinishReason.ERROR, str(found))
+                continue
+            if sequence.observe is not None:
+                sequence.observe(sequence.num_outputs, logits[row])
+            if found.logprob is not None:
+                sequence.logprobs.append(found.logprob)
+            self._append(sequence, found.token_id, now)
+        for sequence in [*fresh, *(s for s, _ in rows[len(sampled) :])]:
+            if sequence.phase is Phase.DECODE and self._memory.placement.settles:
+                self._settle(sequence)
+
+    def _fork(self, sequence: Sequence) -> list[Sequence]:
+        """The other samples of a request whose prompt is computed: they share its blocks, or queue up for their own."""
+        twins = []
+        for sibling in sequence.siblings:
+            if self._memory.placement.forks and self._share(sequence, sibling):
+                twins.append(sibling)
+            else:
+                self._scheduler.add(sibling)
+        sequence.siblings = []
+        return twins
+
+    def _share(self, sequence: Sequence, sibling: Sequence) -> bool:
+        assert sequence.row is not None
+        if len(self._scheduler.running) >= self._scheduler.max_num_seqs:
+            return False
+        try:
+            sibling.row, moves = self._memory.cache.fork(sequence.row)
+        except CapacityError:
+            return False
+        self._copy_blocks(moves)
+        sibling.num_computed = sequence.num_computed
+        sibling.phase = Phase.PREFILL
+        sibling.metrics.first_scheduled = sequence.metrics.first_scheduled
+        sibling.metrics.num_cached_tokens = sequence.num_prompt
+        sibling.attestation.tokens_reused += sequence.num_prompt
+        self._scheduler.running.append(sibling)
+        return True
+
+    def _copy_blocks(self, moves: Many[tuple[int, int]]) -> None:
+        layout, arena = self._memory.layout, self._memory.arena
+        inside = torch.arange(layout.pages_per_block, device=arena.keys.device)
+        for source, target in moves:
+            pages = [block * layout.pages_per_block + inside for block in (source, target)]
+            for column in (arena.keys, arena.values, *arena.columns.values()):
+                self._memory.kernels.copy_pages(column, pages[0], column, pages[1])
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Hand a sequence to the placement; the latest others make room if there is none. Only it may fail."""
+        try:
+            while not self._memory.placement.settle(sequence):
+                others = [s for s in self._scheduler.running if s is not sequence]
+                if not others:
+                    raise CapacityError("no memory is left to rearrange the request's KV: raise kv_cache_memory_bytes")
+                self._scheduler.preempt(others[-1])
+            sequence.settled = True
+        except Exception as error:  # a method is somebody's code: it may raise anything, and the others go on
+            self.end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+
+    # -- tokens and ends ----------------------------------------------------------------------------------------
+
+    def _append(self, sequence: Sequence, token: int, now: float) -> None:
+        sequence.tokens.append(token)
+        sequence.sampler.accept(token)
+        sequence.phase = Phase.DECODE
+        metrics = sequence.metrics
+        metrics.token_times.append(now)
+        if metrics.first_token is None:
+            metrics.first_token = now
+        reason = self._reason(sequence, token)
+        if reason is not None:
+            self.end(sequence, reason)
+
+    def _reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        """Why this token is the last, or None. A token that ends the output is no text of it."""
+        params = sequence.params
+        early = sequence.num_outputs < params.min_tokens
+        ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        if ends and not early:
+            return FinishReason.STOP
+        sequence.output.add([token])
+        if sequence.output.stop is not None and not early:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.num_outputs >= params.max_tokens else None
+
+    def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End a sequence in any phase: its memory is free at once, and so are samples that wait for it."""
+        if sequence in self._scheduler.waiting:
+            self._scheduler.waiting.remove(sequence)
+        self._scheduler.release(sequence)
+        sequence.phase = Phase.FINISHED
+        sequence.finish_reason = reason
+        sequence.error = error
+        sequence.metrics.finished = self._clock.now()
+        sequence.output.finish()
+        for sibling in sequence.siblings:
+            self.end(sibling, reason, error)
+        sequence.siblings = []
+
+    def refuse_stuck(self, sequence: Sequence) -> None:
+        """The first request in the queue cannot start though nothing runs: it never will."""
+        self.end(
+            sequence,
+            FinishReason.ERROR,
+            f"{len(sequence.tokens)} tokens do not fit the KV memory even alone: raise kv_cache_memory_bytes",
+        )
+
+    def output(self, sequence: Sequence) -> RequestOutput:
+        """Tell the news of a sequence."""
+        outputs = sequence.tokens[sequence.num_prompt :]
+        told = sequence.num_emitted
+        sequence.num_emitted = len(outputs)
+        sequence.told = sequence.phase is Phase.FINISHED
+        return RequestOutput(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            prompt_token_ids=sequence.tokens[: sequence.num_prompt],
+            token_ids=outputs,
+            new_token_ids=outputs[told:],
+            text=sequence.output.text,
+            finish_reason=sequence.finish_reason,
+            error=sequence.error,
+            logprobs=sequence.logprobs if sequence.params.logprobs is not None else None,
+            metrics=sequence.metrics,
+            attestation=sequence.attestation,
+        )

@@ -1,0 +1,63 @@
+"""The seam of placement: what happens to a request's KV between its prefill and its last token."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from kvwise.engine.sequence import Sequence as Seq
+from kvwise.models.attention import Observer, Part
+
+
+class Placement(Protocol):
+    """Takes over a sequence when its prefill has ended (`settle`) and answers for it until it is released.
+
+    Until then, and for good if `settles` is false, a sequence lives in whole blocks of the device pool.
+    """
+
+    settles: bool
+    wants_mass: bool  # whether prefill must accumulate the attention each token receives
+    looks_ahead: bool  # whether its parts want to see a layer's query before the layer runs
+    forks: bool  # whether a sequence whose prefill has ended can be forked (else samples are computed apart)
+
+    def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
+        """Why a request of `num_prompt` tokens that may grow to `num_tokens` can never be held, or None."""
+        ...
+
+    def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
+        """Who looks at this step's prompt queries and keys: (sequence, tokens) in the order of the flat batch."""
+        ...
+
+    def settle(self, sequence: Seq) -> bool:
+        """Rearrange the KV of a sequence whose prefill has ended. False: no room now, nothing has changed."""
+        ...
+
+    def grow(self, sequence: Seq) -> bool:
+        """Make room for the next token of a settled sequence. False: no room now, nothing has changed."""
+        ...
+
+    def part(self, sequences: Sequence[Seq], rows: slice) -> Part:
+        """How a step reaches the KV of settled, decoding sequences (one new token each)."""
+        ...
+
+    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> None:
+        """The step's prompt tokens are computed (committed); nothing has settled yet."""
+        ...
+
+    def after_decode_step(self, sequences: Sequence[Seq]) -> None:
+        """The step's new tokens of settled sequences are stored and have attended."""
+        ...
+
+    def release(self, sequence: Seq) -> None:
+        """Forget a sequence, settled or not (its row is released by the caller, afterwards)."""
+        ...
+
+    def kv_bytes(self) -> Mapping[str, int]:
+        """KV bytes held outside the device pool, by tier."""
+        ...
+
+    def links(self) -> Mapping[str, str]:
+        """Labels of the links in use."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...

@@ -1,0 +1,129 @@
+"""Which placement carries out a strategy, and the memory it works on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvwise.cache.identity import Identity
+from kvwise.cache.manager import CacheManager
+from kvwise.core.clock import Clock
+from kvwise.core.config import EngineConfig
+from kvwise.core.errors import UnsupportedModel, UsageError
+from kvwise.core.layout import KVLayout
+from kvwise.core.strategy import Strategy
+from kvwise.engine.calibrate import calibrate
+from kvwise.engine.placement.base import Placement
+from kvwise.engine.placement.blocks import BlockPlacement
+from kvwise.engine.placement.pages import PagePlacement
+from kvwise.engine.placement.recall import RecallPlacement
+from kvwise.engine.sizing import kv_dtype, max_model_len, num_device_blocks, num_host_blocks
+from kvwise.kernels import kernels_for
+from kvwise.kernels.base import Kernels
+from kvwise.methods.retention.base import Retention
+from kvwise.methods.selection.base import IndexShape, Selection
+from kvwise.models.loaded import LoadedModel
+from kvwise.policies.lru import LRU
+from kvwise.tiers.arena import Arena, block_bytes
+from kvwise.tiers.link import Link
+
+LINKS = ("host:device", "device:host")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The device pool: ids, bytes, kernels, and who rearranges them."""
+
+    layout: KVLayout
+    cache: CacheManager
+    arena: Arena
+    kernels: Kernels
+    placement: Placement
+
+
+def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, clock: Clock) -> Memory:
+    """Size and allocate the device pool, and whatever the strategy needs beside it."""
+    unknown = sorted(set(config.links) - set(LINKS))
+    if unknown:
+        raise UsageError(f"no link is called {unknown[0]!r}; links: {', '.join(LINKS)}")
+    dtype = kv_dtype(loaded, config)
+    layout = KVLayout(
+        loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, config.block_size, dtype.itemsize
+    )
+    retention, selection = strategy.retention, strategy.selection
+    assert isinstance(retention, Retention) and isinstance(selection, Selection)
+    limited = retention.capacity(1) is not None
+    columns = (["positions"] if limited else []) + (["mass"] if limited and retention.needs_mass else [])
+    num_blocks = num_device_blocks(loaded, config, layout, block_bytes(layout, columns))
+    arena = Arena(layout, num_blocks, dtype, loaded.device, columns)
+    sharing = strategy.reuse.name == "prefix"
+    cache = _manager(loaded, config, layout, num_blocks, clock, dtype, sharing=sharing)
+    kernels = kernels_for(loaded.device, config.kernels)
+    placement: Placement
+    if limited:
+        placement = PagePlacement(retention, cache, arena, kernels, config.max_num_seqs)
+    elif not selection.default:
+        placement = _recall(loaded, selection, config, layout, dtype, clock, cache, arena, kernels)
+    else:
+        placement = BlockPlacement()
+    return Memory(layout, cache, arena, kernels, placement)
+
+
+def _manager(
+    loaded: LoadedModel, config: EngineConfig, layout: KVLayout, num_blocks: int, clock: Clock, dtype: torch.dtype,
+    *, sharing: bool,
+) -> CacheManager:  # fmt: skip
+    identity = Identity(
+        model=loaded.name,
+        revision=loaded.revision,
+        dtype=f"{loaded.dtype}/{dtype}",
+        block_size=layout.block_size,
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        positions="absolute",
+    )
+    return CacheManager(
+        num_blocks=num_blocks,
+        pages_per_block=layout.pages_per_block,
+        block_size=layout.block_size,
+        max_sequences=config.max_num_seqs,
+        max_blocks_per_sequence=layout.num_blocks_for(max_model_len(loaded, config)),
+        sharing=sharing,
+        identity=identity,
+        policy=LRU(num_blocks),
+        clock=clock,
+    )
+
+
+def _recall(
+    loaded: LoadedModel, selection: Selection, config: EngineConfig, layout: KVLayout, dtype: torch.dtype,
+    clock: Clock, cache: CacheManager, arena: Arena, kernels: Kernels,
+) -> RecallPlacement:  # fmt: skip
+    longest = max_model_len(loaded, config)
+    windows = [layer.window for layer in loaded.layers if layer.window is not None and layer.window < longest]
+    if windows:
+        raise UnsupportedModel(
+            f"{selection.name} cannot serve {loaded.name} beyond its sliding window of {min(windows)} tokens: "
+            f"set max_model_len to at most {min(windows)}, or use another strategy"
+        )
+    shape = IndexShape(
+        layout.num_layers, loaded.num_query_heads, layout.num_kv_heads, layout.head_dim, loaded.device
+    )
+    index = selection.index(shape)
+    calibrate(loaded, index, layout, kernels)
+    cpu = torch.device("cpu")
+    num_blocks = num_host_blocks(loaded, config, layout, arena.num_blocks, block_bytes(layout))
+    return RecallPlacement(
+        selection,
+        index,
+        cache,
+        arena,
+        host_cache=_manager(loaded, config, layout, num_blocks, clock, dtype, sharing=False),
+        host=Arena(layout, num_blocks, dtype, cpu),
+        kernels=kernels,
+        host_kernels=kernels_for(cpu, config.kernels if loaded.device == cpu else None),
+        fetch_link=Link("host:device", config.links.get("host:device")),
+        store_link=Link("device:host", config.links.get("device:host")),
+        scales=[layer.scale for layer in loaded.layers],
+        audit=config.audit,
+    )

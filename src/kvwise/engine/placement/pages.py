@@ -1,0 +1,211 @@
+"""Pages per layer and head: after prefill only the kept tokens stay, and while decoding a victim makes room."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvwise.cache.manager import CacheManager
+from kvwise.engine.placement.compact import compact, slots_of
+from kvwise.engine.sequence import Sequence as Seq
+from kvwise.kernels.base import Kernels
+from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+from kvwise.models.attention import Observer, PagePart
+from kvwise.tiers.arena import Arena
+
+
+class PagePlacement:
+    """Carries out a retention method.
+
+    State is batched over the cache manager's rows R: page tables int32 [R, L, H, N], `used` slots int32 [R, L, H]
+    and `write` int32 [R, L, H], the slot index where the next token goes: at the end, or where the victim was.
+    """
+
+    settles = True
+    looks_ahead = False
+    forks = True
+
+    def __init__(self, retention: Retention, cache: CacheManager, arena: Arena, kernels: Kernels, max_rows: int) -> None:
+        self._retention = retention
+        self._cache = cache
+        self._arena = arena
+        self._kernels = kernels
+        self.wants_mass = retention.needs_mass
+        layout = arena.layout
+        self._shape = (layout.num_layers, layout.num_kv_heads)
+        self._device = arena.keys.device
+        self._tables = torch.zeros((max_rows, *self._shape, 1), dtype=torch.int32, device=self._device)
+        self._used = torch.zeros((max_rows, *self._shape), dtype=torch.int32, device=self._device)
+        self._write = torch.zeros_like(self._used)
+        self._capacity = torch.zeros(max_rows, dtype=torch.int32, device=self._device)
+
+    def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
+        """After prefill a request only shrinks: the pool's limit on the prompt is all there is."""
+        return None
+
+    def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
+        """Nobody looks: the mass column sees every row."""
+        return None
+
+    # -- after prefill ------------------------------------------------------------------------------------------
+
+    def settle(self, sequence: Seq) -> bool:
+        """Keep what the method keeps: move those slots together and free every other page."""
+        assert sequence.row is not None
+        num_tokens = sequence.num_computed
+        capacity = self._retention.capacity(sequence.num_prompt)
+        assert capacity is not None
+        blocks = self._block_table(sequence.row, num_tokens)
+        kept = self._kept(blocks, num_tokens, capacity)
+        counts = kept.sum(-1)
+        pages = self._cache.paginate(sequence.row, self._num_pages(sequence, capacity))
+        if pages is None:
+            return False
+        tables = torch.from_numpy(pages).to(self._device)
+        compact(self._arena, self._kernels, kept, blocks, tables)
+        self._cache.finish_paginate(sequence.row)
+        self._remember(sequence.row, tables, counts, capacity)
+        self._attest(sequence, num_tokens, counts, tables)
+        return True
+
+    def _block_table(self, row: int, num_tokens: int) -> Tensor:
+        num_blocks = self._arena.layout.num_blocks_for(num_tokens)
+        return torch.from_numpy(self._cache.tables[row, :num_blocks].astype(np.int64)).to(self._device)
+
+    def _kept(self, blocks: Tensor, num_tokens: int, capacity: int) -> Tensor:
+        """bool [L, H, T]: what the method keeps, checked against its capacity."""
+        mass = None
+        if self.wants_mass:
+            column = self._arena.by_block("mass")[blocks]  # [N, L * H, block_size]
+            mass = column.transpose(0, 1).reshape(*self._shape, -1)[..., :num_tokens]
+        positions = torch.arange(num_tokens, dtype=torch.int32, device=self._device)
+        kept = self._retention.keep(PromptView(num_tokens, capacity, self._shape, positions, mass))
+        most = int(kept.sum(-1).max())
+        if kept.shape != (*self._shape, num_tokens) or most > max(capacity, 0):
+            raise ValueError(
+                f"{self._retention.name} kept {most} of {num_tokens} tokens as {tuple(kept.shape)}; "
+                f"at most {capacity} per layer and head may stay, told as a mask of {(*self._shape, num_tokens)}"
+            )
+        return kept
+
+    def _num_pages(self, sequence: Seq, capacity: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """Pages [L, H] for all a head may ever hold: its capacity and the token being added."""
+        layout = self._arena.layout
+        most = min(capacity, sequence.num_prompt + sequence.params.max_tokens)
+        return np.full(self._shape, layout.num_blocks_for(most + 1), dtype=np.int64)
+
+    def _remember(self, row: int, tables: Tensor, counts: Tensor, capacity: int) -> None:
+        num_entries = tables.shape[-1]
+        if num_entries > self._tables.shape[-1]:
+            grown = self._tables.new_zeros((*self._tables.shape[:-1], num_entries))
+            grown[..., : self._tables.shape[-1]] = self._tables
+            self._tables = grown
+        self._tables[row, ..., :num_entries] = tables
+        self._used[row] = counts
+        self._write[row] = counts
+        self._capacity[row] = capacity
+
+    def _attest(self, sequence: Seq, num_tokens: int, counts: Tensor, tables: Tensor) -> None:
+        layout = self._arena.layout
+        dropped = num_tokens * counts.numel() - int(counts.sum())
+        held_before = layout.num_blocks_for(num_tokens) * layout.pages_per_block
+        attestation = sequence.attestation
+        attestation.tokens_dropped += dropped
+        attestation.bytes_freed += max(0, held_before - tables.numel()) * layout.page_bytes
+        attestation.did[self._retention.name] = attestation.did.get(self._retention.name, 0) + dropped
+
+    # -- decoding -----------------------------------------------------------------------------------------------
+
+    def grow(self, sequence: Seq) -> bool:
+        """There is always room: a head at its capacity gives up a victim."""
+        return True
+
+    def part(self, sequences: Sequence[Seq], rows: slice) -> PagePart:
+        """The new tokens go where `write` says; columns of those slots start afresh."""
+        index = torch.tensor([s.row for s in sequences], device=self._device)
+        positions = torch.tensor([s.num_computed for s in sequences], dtype=torch.int32, device=self._device)
+        tables = self._tables[index].permute(1, 0, 2, 3).contiguous()
+        write = self._write[index].permute(1, 0, 2)
+        slots = slots_of(tables, write, self._arena.layout.block_size)
+        self._used[index] = torch.maximum(self._used[index], self._write[index] + 1)
+        self._reset_columns(slots, positions)
+        return PagePart(
+            rows,
+            self._kernels,
+            self._arena,
+            torch.arange(len(sequences) + 1, dtype=torch.int32, device=self._device),
+            positions,
+            tables,
+            self._used[index].permute(1, 0, 2).contiguous(),
+            slots,
+            mass=self.wants_mass,
+        )
+
+    def _reset_columns(self, slots: Tensor, positions: Tensor) -> None:
+        """A slot that is written anew has its token's position and has received nothing yet."""
+        self._arena.columns["positions"].view(-1)[slots] = positions[:, None].expand(slots.shape)
+        if self.wants_mass:
+            self._arena.columns["mass"].view(-1)[slots] = 0.0
+
+    def after_decode_step(self, sequences: Sequence[Seq]) -> None:
+        """Where a head holds more than it may, the method names a victim; elsewhere the next token goes to the end."""
+        index = torch.tensor([s.row for s in sequences], device=self._device)
+        used = self._used[index]
+        over = used > self._capacity[index][:, None, None]
+        write = used
+        if bool(over.any()):
+            victims = self._retention.victims(self._view(index, sequences)).to(torch.int32)
+            write = torch.where(over, victims, used)
+            for sequence, num_over in zip(sequences, over.sum((1, 2)).tolist(), strict=True):
+                sequence.attestation.tokens_dropped += num_over
+                sequence.attestation.did[self._retention.name] += num_over
+        self._write[index] = write
+
+    def _view(self, index: Tensor, sequences: Sequence[Seq]) -> DecodeView:
+        size = self._arena.layout.block_size
+        used = self._used[index]
+        num_pages = -(-int(used.max()) // size)
+        tables = self._tables[index][..., :num_pages].long()
+        columns = {name: c[tables].flatten(-2) for name, c in self._arena.columns.items()}
+        in_use = torch.arange(num_pages * size, device=self._device) < used[..., None]
+        num_tokens = torch.tensor([s.num_computed for s in sequences], device=self._device)
+        return DecodeView(
+            columns["positions"], columns.get("mass"), in_use, num_tokens, self._capacity[index].long()
+        )
+
+    # -- the rest -----------------------------------------------------------------------------------------------
+
+    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> None:
+        """Nothing to do: masses were accumulated by the kernel."""
+
+    def kept_positions(self, sequence: Seq) -> list[list[list[int]]]:
+        """Logical positions held by each layer and head, sorted: what the method has kept so far."""
+        assert sequence.row is not None
+        index = torch.tensor([sequence.row], device=self._device)
+        view = self._view(index, [sequence])
+        hole = self._write[sequence.row]
+        found = []
+        for layer in range(self._shape[0]):
+            found.append([self._held(view, hole, layer, head) for head in range(self._shape[1])])
+        return found
+
+    def _held(self, view: DecodeView, hole: Tensor, layer: int, head: int) -> list[int]:
+        in_use = view.used[0, layer, head].clone()
+        if int(hole[layer, head]) < in_use.numel():
+            in_use[int(hole[layer, head])] = False  # the victim's slot: free, only not yet written over
+        return sorted(view.positions[0, layer, head][in_use].tolist())
+
+    def release(self, sequence: Seq) -> None:
+        """The row's state is overwritten when the row is used again."""
+
+    def kv_bytes(self) -> Mapping[str, int]:
+        """Nothing is held outside the pool."""
+        return {}
+
+    def links(self) -> Mapping[str, str]:
+        """No link is used."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing runs in the background."""

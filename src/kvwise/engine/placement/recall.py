@@ -1,0 +1,432 @@
+"""Recall: a request's KV moves to host memory after prefill; each layer fetches the tokens a selection method names."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvwise.cache.manager import CacheManager
+from kvwise.engine.placement.compact import block_slots, compact
+from kvwise.engine.placement.staging import Staging
+from kvwise.engine.sequence import Sequence as Seq
+from kvwise.kernels.base import Kernels, Segment
+from kvwise.methods.selection.base import Index, Selection, near
+from kvwise.models.attention import AskAhead, LooksAhead, Observer
+from kvwise.tiers.arena import Arena
+from kvwise.tiers.link import Link
+
+
+@dataclass(slots=True)
+class _Held:
+    """What this placement holds for one sequence: its row in the host's cache, and stores that are under way."""
+
+    host_row: int
+    num_stored: int = 0  # tokens whose copy to the host has begun
+    stores: list[Future[None]] = field(default_factory=list)
+    tables: Tensor | None = None  # int32 [F, H, N]: device pages of the layers that stay, once settled
+
+
+class RecallPlacement:
+    """Carries out a selection method over two tiers.
+
+    During prefill a request lies in device blocks and is copied to the host behind the computation. When prefill ends,
+    only the first `num_full_layers` layers stay on the device; the pages of all others return to the pool.
+    """
+
+    settles = True
+    wants_mass = False
+    looks_ahead = True
+    forks = False
+
+    def __init__(
+        self,
+        selection: Selection,
+        index: Index,
+        cache: CacheManager,
+        arena: Arena,
+        host_cache: CacheManager,
+        host: Arena,
+        kernels: Kernels,
+        host_kernels: Kernels,
+        fetch_link: Link,
+        store_link: Link,
+        scales: Sequence[float],
+        audit: bool = False,
+    ) -> None:
+        self.selection = selection
+        self.index = index
+        self.arena = arena
+        self.host = host
+        self.kernels = kernels
+        self.host_kernels = host_kernels
+        self.scales = scales  # factor on the dot products of each layer
+        self.audit = audit
+        self._cache = cache
+        self._host_cache = host_cache
+        self._fetch_link = fetch_link
+        self._store_link = store_link
+        self._held: dict[Seq, _Held] = {}
+        layout = arena.layout
+        # Two buffers, used by turns: one is read by the layer that runs while the next layer's rows arrive.
+        self._staging = [Staging(layout, arena.keys.dtype, arena.keys.device) for _ in range(2)]
+
+    # -- admission ----------------------------------------------------------------------------------------------
+
+    def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
+        """The host must be able to hold all tokens of a request."""
+        have = self.host.num_blocks * self.host.layout.block_size
+        if num_tokens <= have:
+            return None
+        return (
+            f"prompt of {num_prompt} tokens and its output need {num_tokens} tokens of host KV and the host tier holds "
+            f"{have}: raise kv_offloading_bytes, or lower max_tokens"
+        )
+
+    # -- prefill ------------------------------------------------------------------------------------------------
+
+    def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
+        """The index sees each sequence's share of the flat batch."""
+        return _PromptObserver(self.index, prefills, self.selection.num_full_layers) if prefills else None
+
+    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> None:
+        """Begin to copy the blocks that have become full to the host."""
+        for sequence, _ in prefills:
+            size = self.arena.layout.block_size
+            if self._hold(sequence):
+                self._begin_store(sequence, sequence.num_computed // size * size)
+
+    def _hold(self, sequence: Seq) -> bool:
+        """Have a row in the host's cache with room for the prompt; False if the host is full at present."""
+        held = self._held.get(sequence)
+        if held is None:
+            keys = self._host_cache.keys(np.empty(0, dtype=np.int64))
+            row = self._host_cache.admit(self._host_cache.match(keys, 1), keys, 1)
+            held = self._held[sequence] = _Held(row)
+        return self._host_cache.reserve(held.host_row, len(sequence.tokens))
+
+    def _begin_store(self, sequence: Seq, until: int) -> None:
+        """Copy the blocks that hold tokens `num_stored` to `until` to the host, all layers but the full ones."""
+        held = self._held[sequence]
+        size = self.arena.layout.block_size
+        first, last = held.num_stored // size, -(-until // size)
+        if last <= first:
+            return
+        assert sequence.row is not None
+        source = self._pages(self._cache.tables[sequence.row, first:last])
+        target = self._pages(self._host_cache.tables[held.host_row, first:last])
+        num_bytes = source.numel() * self.arena.layout.page_bytes
+        held.stores.append(self._store_link.begin(lambda: self._copy_to_host(source, target), num_bytes))
+        held.num_stored = until
+
+    def _pages(self, blocks: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Tensor:
+        """Pages of these blocks, all layers but the full ones, in one order for both arenas."""
+        layout = self.arena.layout
+        first = self.selection.num_full_layers * layout.num_kv_heads
+        inside = torch.arange(first, layout.pages_per_block)
+        return (torch.from_numpy(blocks.astype(np.int64))[:, None] * layout.pages_per_block + inside).flatten()
+
+    def _copy_to_host(self, source: Tensor, target: Tensor) -> None:
+        for device, host in ((self.arena.keys, self.host.keys), (self.arena.values, self.host.values)):
+            if device.device == host.device:
+                self.host_kernels.copy_pages(device, source, host, target)
+            else:
+                host[target] = device[source.to(device.device)].to(host.device)
+
+    # -- settle -------------------------------------------------------------------------------------------------
+
+    def settle(self, sequence: Seq) -> bool:
+        """Finish the copy to the host, index the keys, and keep only the full layers on the device."""
+        if not self._hold(sequence):
+            return False
+        self._begin_store(sequence, sequence.num_computed)
+        self._wait(self._held[sequence])
+        assert sequence.row is not None
+        num_tokens = sequence.num_computed
+        blocks = torch.from_numpy(self._cache.tables[sequence.row].astype(np.int64)).to(self.arena.keys.device)
+        self._build_index(sequence.row, blocks, num_tokens)
+        pages = self._cache.paginate(sequence.row, self._num_pages(num_tokens + 1))
+        if pages is None:
+            return False
+        tables = torch.from_numpy(pages).to(self.arena.keys.device)
+        compact(self.arena, self.kernels, self._stays(num_tokens), blocks, tables)
+        self._cache.finish_paginate(sequence.row)
+        self._held[sequence].tables = tables[: self.selection.num_full_layers]
+        freed = self._cache_pages(num_tokens) - int(self._num_pages(num_tokens + 1).sum())
+        sequence.attestation.bytes_freed += max(0, freed) * self.arena.layout.page_bytes
+        return True
+
+    def _cache_pages(self, num_tokens: int) -> int:
+        layout = self.arena.layout
+        return layout.num_blocks_for(num_tokens) * layout.pages_per_block
+
+    def _num_pages(self, num_tokens: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """Device pages [L, H] for `num_tokens` tokens: the full layers' only."""
+        layout = self.arena.layout
+        pages = np.zeros((layout.num_layers, layout.num_kv_heads), dtype=np.int64)
+        pages[: self.selection.num_full_layers] = layout.num_blocks_for(num_tokens)
+        return pages
+
+    def _stays(self, num_tokens: int) -> Tensor:
+        layout = self.arena.layout
+        kept = torch.zeros((layout.num_layers, layout.num_kv_heads, num_tokens), dtype=torch.bool)
+        kept[: self.selection.num_full_layers] = True
+        return kept.to(self.arena.keys.device)
+
+    def _build_index(self, row: int, blocks: Tensor, num_tokens: int) -> None:
+        layout = self.arena.layout
+        tokens = torch.arange(num_tokens, device=blocks.device)
+        size = layout.block_size
+        heads = torch.arange(layout.num_kv_heads, device=blocks.device)
+        for layer in range(self.selection.num_full_layers, layout.num_layers):
+            page = blocks[tokens // size] * layout.pages_per_block + layout.page_offset(layer)
+            slots = (page[:, None] + heads) * size + (tokens % size)[:, None]
+            keys = self.kernels.gather(self.arena.keys, slots.flatten())
+            self.index.build(layer, row, keys.view(num_tokens, layout.num_kv_heads, -1))
+
+    # -- decoding -----------------------------------------------------------------------------------------------
+
+    def grow(self, sequence: Seq) -> bool:
+        """Room for one more token, on the host and in the device pages of the full layers."""
+        held = self._held[sequence]
+        num_tokens = len(sequence.tokens)
+        if not self._host_cache.reserve(held.host_row, num_tokens):
+            return False
+        assert sequence.row is not None and held.tables is not None
+        if num_tokens <= held.tables.shape[-1] * self.arena.layout.block_size:
+            return True
+        pages = self._cache.grow_pages(sequence.row, self._num_pages(num_tokens))
+        if pages is None:
+            return False
+        tables = torch.from_numpy(pages).to(self.arena.keys.device)
+        held.tables = tables[: self.selection.num_full_layers]
+        return True
+
+    def part(self, sequences: Sequence[Seq], rows: slice) -> "RecallPart":
+        """One new token for each of these sequences."""
+        return RecallPart(self, sequences, rows)
+
+    def device_tables(self, sequences: Sequence[Seq]) -> Tensor:
+        """Page tables int32 [F, B, H, N] of the full layers, padded to the longest."""
+        tables = [self._tables(s) for s in sequences]
+        longest = max(t.shape[-1] for t in tables)
+        padded = [torch.nn.functional.pad(t, (0, longest - t.shape[-1])) for t in tables]
+        return torch.stack(padded, dim=1)
+
+    def _tables(self, sequence: Seq) -> Tensor:
+        tables = self._held[sequence].tables
+        assert tables is not None
+        return tables
+
+    def host_blocks(self, sequence: Seq) -> Tensor:
+        """The sequence's block table on the host, int64 [N]."""
+        row = self._held[sequence].host_row
+        return torch.from_numpy(self._host_cache.tables[row].astype(np.int64))
+
+    def begin_fetch(self, layer: int, slots: Tensor, target: Tensor, shape: tuple[int, int]) -> "Future[Staging]":
+        """Bring rows at host slots int64 [n] to staging slots [n] of a buffer [B, rows per head], over the link."""
+        staging = self._staging[layer % 2]
+        num_bytes = 2 * slots.numel() * self.host.layout.head_dim * self.host.keys.element_size()
+
+        def transfer() -> Staging:
+            staging.resize(*shape)
+            for host, device in ((self.host.keys, staging.keys), (self.host.values, staging.values)):
+                rows = self.host_kernels.gather(host, slots)
+                self.kernels.scatter(rows.to(device.device), device, target)
+            return staging
+
+        return self._fetch_link.begin(transfer, num_bytes)
+
+    def after_decode_step(self, sequences: Sequence[Seq]) -> None:
+        """Nothing to do: new tokens were stored layer by layer."""
+
+    # -- the rest -----------------------------------------------------------------------------------------------
+
+    def _wait(self, held: _Held) -> None:
+        for store in held.stores:
+            store.result()
+        held.stores.clear()
+
+    def release(self, sequence: Seq) -> None:
+        """Wait for stores that still read the sequence's device blocks, then forget it on the host."""
+        if sequence.row is not None:
+            self.index.drop(sequence.row)
+        held = self._held.pop(sequence, None)
+        if held is not None:
+            self._wait(held)
+            self._host_cache.release(held.host_row)
+
+    def kv_bytes(self) -> Mapping[str, int]:
+        """Host blocks in use, and on the device the index and the staging buffers."""
+        usage = self._host_cache.usage()
+        staged = sum(s.num_bytes for s in self._staging)
+        return {"host": usage.num_referenced * self.host.layout.block_bytes, "device": self.index.num_bytes + staged}
+
+    def links(self) -> Mapping[str, str]:
+        """Labels of both directions."""
+        return {link.name: link.label for link in (self._fetch_link, self._store_link)}
+
+    def close(self) -> None:
+        """End the links' threads."""
+        self._fetch_link.close()
+        self._store_link.close()
+
+
+class _PromptObserver:
+    """Hands each sequence's rows of the flat batch to the index."""
+
+    def __init__(self, index: Index, prefills: Sequence[tuple[Seq, int]], first_layer: int) -> None:
+        self._index = index
+        self._prefills = prefills
+        self._first_layer = first_layer
+
+    def observe(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+        """Cut the flat batch into sequences."""
+        if layer < self._first_layer:
+            return
+        start = 0
+        for sequence, num_tokens in self._prefills:
+            assert sequence.row is not None
+            rows = slice(start, start + num_tokens)
+            self._index.observe(layer, sequence.row, queries[rows], keys[rows])
+            start += num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    """Rows on their way: when they have arrived, how many for each sequence [B], and which tokens they are."""
+
+    arrival: Future[Staging]
+    counts: Tensor
+    chosen: list[Tensor]
+
+
+class RecallPart(LooksAhead):
+    """Decoding sequences whose KV is on the host: the rows a layer reads are fetched one layer ahead."""
+
+    def __init__(self, placement: RecallPlacement, sequences: Sequence[Seq], rows: slice) -> None:
+        self.rows = rows
+        self._placement = placement
+        self._sequences = sequences
+        self._layout = placement.arena.layout
+        device = placement.arena.keys.device
+        self._positions = torch.tensor([s.num_computed for s in sequences], device=device)
+        self._host_blocks = [placement.host_blocks(s) for s in sequences]
+        self._query_start = torch.arange(len(sequences) + 1, dtype=torch.int32, device=device)
+        self._tables = placement.device_tables(sequences)
+        self._host_slots = torch.cat(
+            [
+                block_slots(blocks, torch.tensor([s.num_computed]), self._layout.block_size)
+                for s, blocks in zip(sequences, self._host_blocks, strict=True)
+            ]
+        )
+        self._fetches: dict[int, _Fetch] = {}
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """A full layer reads its device pages, any other its fetched rows and the new token."""
+        if layer < self._placement.selection.num_full_layers:
+            segment = self._full(layer, keys, values)
+        else:
+            segment = self._recalled(layer, queries, keys, values)
+        found = self._placement.kernels.attend(
+            queries, self._query_start, [segment], scale=scale, window=window, softcap=softcap
+        )
+        return found.out
+
+    def _full(self, layer: int, keys: Tensor, values: Tensor) -> Segment:
+        arena, size = self._placement.arena, self._layout.block_size
+        tables = self._tables[layer]
+        page = tables.gather(-1, (self._positions // size)[:, None, None].expand(-1, tables.shape[1], 1))[..., 0]
+        slots = page.long() * size + (self._positions % size)[:, None]
+        self._placement.kernels.append(keys, values, arena.keys, arena.values, slots)
+        lengths = (self._positions + 1).int()[:, None].expand(-1, tables.shape[1]).contiguous()
+        return Segment(arena.keys, arena.values, tables, lengths, causal=False)
+
+    def _recalled(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Segment:
+        self._store_new(layer, keys, values)
+        fetch = self._fetches.pop(layer)
+        staging = fetch.arrival.result()
+        if self._placement.audit:
+            self._audit(layer, queries, fetch.chosen)
+        heads = self._layout.num_kv_heads
+        ends = staging.first_slots() + fetch.counts[:, None]
+        self._placement.kernels.append(keys, values, staging.keys, staging.values, ends)
+        lengths = (fetch.counts + 1).int()[:, None].expand(-1, heads).contiguous()
+        return Segment(staging.keys, staging.values, staging.tables, lengths, causal=False)
+
+    def _store_new(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """The new token's KV goes to the host and into the index."""
+        placement, layout = self._placement, self._layout
+        placement.host_kernels.append(
+            keys.to(placement.host.keys.device), values.to(placement.host.keys.device),
+            placement.host.keys, placement.host.values, self._host_slots,
+            page_stride=layout.pages_per_block, page_offset=layout.page_offset(layer),
+        )  # fmt: skip
+        for i, sequence in enumerate(self._sequences):
+            assert sequence.row is not None
+            placement.index.add(layer, sequence.row, keys[i])
+
+    # -- one layer ahead ----------------------------------------------------------------------------------------
+
+    def look_ahead(self, layer: int, ask: AskAhead) -> None:
+        """Guess what the next layer will read, and begin to fetch it."""
+        following = layer + 1
+        if following < self._placement.selection.num_full_layers or following >= self._layout.num_layers:
+            return
+        guesses = ask(following, self.rows)
+        chosen = []
+        for i, sequence in enumerate(self._sequences):
+            assert sequence.row is not None
+            scale = self._placement.scales[following]
+            chosen.append(self._placement.index.choose(following, sequence.row, guesses[i], scale))
+        self._begin_fetch(following, chosen)
+
+    def _begin_fetch(self, layer: int, chosen: list[Tensor]) -> None:
+        """One transfer for all sequences: where each chosen row lies on the host, and where it goes."""
+        layout, size = self._layout, self._layout.block_size
+        heads = torch.arange(layout.num_kv_heads)[:, None]
+        counts = torch.tensor([c.shape[1] for c in chosen])
+        num_pages = -(-(int(counts.max()) + 1) // size)
+        slots, targets = [], []
+        for i, tokens in enumerate(chosen):
+            tokens = tokens.cpu()
+            page = self._host_blocks[i][tokens // size] * layout.pages_per_block + layout.page_offset(layer) + heads
+            slots.append((page * size + tokens % size).flatten())
+            first = (i * layout.num_kv_heads + heads) * num_pages * size
+            targets.append((first + torch.arange(tokens.shape[1])).flatten())
+            self._attest(i, tokens)
+        device = self._placement.arena.keys.device
+        arrival = self._placement.begin_fetch(
+            layer, torch.cat(slots), torch.cat(targets).to(device), (len(chosen), num_pages)
+        )
+        self._fetches[layer] = _Fetch(arrival, counts.to(device), chosen)
+
+    def _audit(self, layer: int, queries: Tensor, chosen: list[Tensor]) -> None:
+        """Count how many of the tokens that the true queries score highest were fetched."""
+        placement, layout = self._placement, self._layout
+        for i, sequence in enumerate(self._sequences):
+            tokens = torch.arange(sequence.num_computed)
+            blocks, size = self._host_blocks[i], layout.block_size
+            page = blocks[tokens // size] * layout.pages_per_block + layout.page_offset(layer)
+            slots = (page + torch.arange(layout.num_kv_heads)[:, None]) * size + tokens % size
+            keys = placement.host_kernels.gather(placement.host.keys, slots.flatten()).float()
+            query = queries[i].float().cpu().unflatten(0, (layout.num_kv_heads, -1))
+            scores = query @ keys.view(layout.num_kv_heads, -1, layout.head_dim).transpose(-1, -2)
+            best = near(scores * placement.scales[layer], torch.inf, chosen[i].shape[1])
+            hits = (best[..., :, None] == chosen[i].cpu()[..., None, :]).any(-1)
+            sequence.attestation.recall_hits += int(hits.sum())
+            sequence.attestation.recall_total += hits.numel()
+
+    def _attest(self, i: int, tokens: Tensor) -> None:
+        attestation = self._sequences[i].attestation
+        row_bytes = 2 * self._layout.head_dim * self._placement.host.keys.element_size()
+        attestation.tokens_fetched += tokens.numel()
+        attestation.fetch_candidates += tokens.shape[0] * self._sequences[i].num_computed
+        attestation.bytes_fetched += tokens.numel() * row_bytes
+        name = self._placement.selection.name
+        attestation.did[name] = attestation.did.get(name, 0) + tokens.numel()

@@ -1,0 +1,31 @@
+"""Runs a batch through the model, and tells it each layer's input on the way where somebody guesses ahead."""
+
+import torch
+from torch import Tensor
+
+from kvwise.engine.batch import Batch
+from kvwise.models.hook import forward
+from kvwise.models.loaded import LoadedModel
+from kvwise.models.speculate import QueryAhead
+
+
+class Runner:
+    """The torch runner: computes. (A cost model can stand in for it and say how long it would have taken.)"""
+
+    def __init__(self, loaded: LoadedModel, *, look_ahead: bool) -> None:
+        self._loaded = loaded
+        self._ahead = QueryAhead.attach(loaded) if look_ahead else None
+
+    def run(self, batch: Batch) -> Tensor:
+        """Logits float32 [R, V] of the batch's `logit_rows`."""
+        return forward(self._loaded, batch.tokens, batch.positions, batch.step, batch.logit_rows)
+
+    def close(self) -> None:
+        """Take the hooks off the model, which may serve another engine."""
+        if self._ahead is not None:
+            self._ahead.detach()
+
+
+def finite_rows(logits: Tensor) -> list[bool]:
+    """Which rows hold no NaN and no +infinity: [R, V] -> R booleans."""
+    return torch.isfinite(logits.amax(-1)).tolist()

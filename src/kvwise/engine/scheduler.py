@@ -1,0 +1,148 @@
+"""Who runs in the next step, and with how many tokens: decode first, then prefill chunks, then new requests."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvwise.cache.manager import CacheManager, Match
+from kvwise.core.clock import Clock
+from kvwise.core.config import EngineConfig
+from kvwise.engine.placement.base import Placement
+from kvwise.engine.sequence import Phase, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """One sequence of a step and how many of its pending tokens are computed."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's last token, so that a new one can be sampled."""
+        return self.num_tokens == self.sequence.num_pending
+
+
+class Scheduler:
+    """First come, first served, under a budget of tokens and sequences a step.
+
+    A request holds memory for its whole prompt from its admission on, so a prefill never stalls half-way. When a
+    running request cannot grow, the latest arrival is preempted: its memory is released and it is computed again.
+    """
+
+    def __init__(self, cache: CacheManager, placement: Placement, config: EngineConfig, clock: Clock) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.max_num_seqs = config.max_num_seqs
+        self._cache = cache
+        self._placement = placement
+        self._config = config
+        self._clock = clock
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new request."""
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """Choose the sequences of the next step and reserve their memory."""
+        num_preempted = self.num_preemptions
+        chosen = [Scheduled(s, 1) for s in self._growing()]
+        budget = self._config.max_num_batched_tokens - len(chosen)
+        for sequence in self.running:
+            if sequence.phase is Phase.PREFILL and budget > 0:
+                chosen.append(self._chunk(sequence, budget))
+                budget -= chosen[-1].num_tokens
+        if self.num_preemptions == num_preempted:
+            for sequence in self._admitted(budget):
+                chosen.append(self._chunk(sequence, budget))
+                budget -= chosen[-1].num_tokens
+                if budget <= 0:
+                    break
+        return chosen
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Scheduled:
+        chunked = self._config.enable_chunked_prefill
+        return Scheduled(sequence, min(sequence.num_pending, budget) if chunked else sequence.num_pending)
+
+    def _growing(self) -> list[Sequence]:
+        """The decoding sequences that have room for one more token; others are preempted until they have."""
+        decoding = [s for s in self.running if s.phase is Phase.DECODE]
+        in_blocks = [s for s in decoding if not s.settled]
+        rows = np.array([s.row for s in in_blocks], dtype=np.int64)
+        lengths = np.array([len(s.tokens) for s in in_blocks], dtype=np.int64)
+        grown = self._cache.reserve_many(rows, lengths)
+        stuck = [s for s, ok in zip(in_blocks, grown, strict=True) if not ok]
+        stuck += [s for s in decoding if s.settled and not self._placement.grow(s)]
+        for sequence in stuck:
+            while sequence.phase is Phase.DECODE and not self._grow(sequence):
+                self.preempt(self.running[-1])
+        return [s for s in decoding if s.phase is Phase.DECODE]
+
+    def _grow(self, sequence: Sequence) -> bool:
+        if sequence.settled:
+            return self._placement.grow(sequence)
+        assert sequence.row is not None
+        return self._cache.reserve(sequence.row, len(sequence.tokens))
+
+    def _admitted(self, budget: int) -> Iterator[Sequence]:
+        """Admit from the queue, in order, while there is room; each is yielded with its memory reserved."""
+        held: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting.popleft()
+            match = self._match(sequence)
+            if match.num_pending:
+                held.append(sequence)  # a running prefill is about to publish its next block: wait, not compute twice
+                continue
+            if not self._admit(sequence, match):
+                self.waiting.appendleft(sequence)
+                break
+            yield sequence
+        self.waiting.extendleft(reversed(held))
+
+    def _match(self, sequence: Sequence) -> Match:
+        assert sequence.keys is not None
+        return self._cache.match(sequence.keys, len(sequence.tokens))
+
+    def _admit(self, sequence: Sequence, match: Match) -> bool:
+        assert sequence.keys is not None
+        row = self._cache.admit(match, sequence.keys, len(sequence.tokens))
+        if not self._cache.reserve(row, len(sequence.tokens)):
+            self._cache.release(row)
+            return False
+        sequence.row = row
+        sequence.num_computed = match.num_tokens
+        sequence.phase = Phase.PREFILL
+        self._note_admission(sequence, match)
+        self.running.append(sequence)
+        return True
+
+    def _note_admission(self, sequence: Sequence, match: Match) -> None:
+        metrics = sequence.metrics
+        sequence.attestation.tokens_reused += match.num_tokens
+        if metrics.first_scheduled is None:
+            metrics.first_scheduled = self._clock.now()
+            metrics.num_cached_tokens = match.num_tokens
+            metrics.miss = str(match.miss)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Release a running sequence's memory and put it first in the queue; its tokens so far are kept."""
+        self.release(sequence)
+        sequence.phase = Phase.WAITING
+        sequence.num_computed = 0
+        sequence.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back all memory of a running sequence and take it off the running list."""
+        self._placement.release(sequence)
+        sequence.settled = False
+        if sequence.row is not None:
+            self._cache.release(sequence.row)
+            sequence.row = None
+        if sequence in self.running:
+            self.running.remove(sequence)

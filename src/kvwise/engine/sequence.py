@@ -1,0 +1,76 @@
+"""A request on its way: its tokens, where its KV is, and what it has produced."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import numpy as np
+from torch import Tensor
+
+from kvwise.cache.identity import PrefixKeys
+from kvwise.core.output import Attestation, FinishReason, RequestMetrics, TokenLogprob
+from kvwise.core.params import SamplingParams
+from kvwise.engine.sampler import SequenceSampler
+from kvwise.models.text import OutputText
+
+Observe = Callable[[int, Tensor], None]
+
+
+class Phase(Enum):
+    """Where a sequence stands. WAITING holds no memory."""
+
+    WAITING = auto()
+    PREFILL = auto()
+    DECODE = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One sample of one request.
+
+    `tokens` is prompt plus output; the first `num_computed` have their KV in the cache. `row` is the sequence's row
+    in the cache manager while it holds memory. `settled` says that a placement has rearranged its KV.
+    """
+
+    request_id: str
+    index: int
+    num_prompt: int
+    tokens: list[int]
+    params: SamplingParams
+    salt: str
+    metrics: RequestMetrics
+    attestation: Attestation
+    output: OutputText
+    sampler: SequenceSampler
+    observe: Observe | None = None
+    phase: Phase = Phase.WAITING
+    row: int | None = None
+    num_computed: int = 0
+    settled: bool = False
+    keys: PrefixKeys | None = None
+    siblings: "list[Sequence]" = field(default_factory=list)  # samples that fork from this one after its prefill
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_emitted: int = 0  # output tokens that some RequestOutput has told
+    told: bool = False  # the end has been told
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens produced so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens whose KV is still to be computed: 1 while decoding, more in prefill."""
+        return len(self.tokens) - self.num_computed
+
+    def token_array(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """All tokens as int64."""
+        return np.asarray(self.tokens, dtype=np.int64)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something that no output has told yet."""
+        return self.num_emitted < self.num_outputs or (self.phase is Phase.FINISHED and not self.told)

@@ -1,0 +1,171 @@
+"""The one kernel signature: what attention over paged segments means, whoever computes it.
+
+Shape letters: T tokens, B sequences, H KV heads, G query heads per KV head, D head dim (Dk keys, Dv values), P pages, N entries of a table.
+
+A *slot* is ``page * block_size + offset``. Whole-block tables name blocks, shared by all heads, and the page of head ``h`` is
+``block * page_stride + page_offset + h``; per-head tables name pages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from kvwise.core.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of pages in one encoding at one place; attention over several segments is one softmax over all of them.
+
+    ``causal``: of the ``n`` queries of a sequence, query ``i`` sees the first ``length - n + i + 1`` slots in table order (so ``lengths``
+    counts the queries' own tokens, already appended); otherwise every query sees all ``length`` slots. A count below zero is none.
+    """
+
+    keys: Tensor  # [P, block_size, Dk] float32, bfloat16 or float16
+    values: Tensor  # [P, block_size, Dv], dtype of the keys
+    tables: Tensor  # int32 [B, N] whole blocks, or [B, H, N] pages per head
+    lengths: Tensor  # int32 [B], or [B, H]: slots in use
+    num_kv_heads: int | None = None  # H; needed with whole-block tables, which do not say it
+    page_stride: int = 1  # whole blocks only
+    page_offset: int = 0  # whole blocks only
+    causal: bool = True
+    positions: Tensor | None = (
+        None  # int32 [P, block_size]; read only under a window; None: position = index in table order
+    )
+    mass: Tensor | None = None  # float32 [P, block_size]; the softmax mass each key receives is added here
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether the table names blocks shared by all heads (else pages per head)."""
+        return self.tables.ndim == 2
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads H of this segment."""
+        if not self.whole_blocks:
+            return int(self.tables.shape[1])
+        if self.num_kv_heads is None:
+            raise UsageError("a segment over whole blocks does not say its KV heads; pass num_kv_heads=")
+        return self.num_kv_heads
+
+
+class Attention(NamedTuple):
+    """Result of one attend: ``out`` [T, Hq, Dv] in the query's dtype, ``lse`` [T, Hq] float32 natural log (None unless asked for)."""
+
+    out: Tensor
+    lse: Tensor | None
+
+
+class Kernels(Protocol):
+    """What a kernel family offers; every family computes the same function, and `reference` is its specification."""
+
+    @property
+    def name(self) -> str:
+        """Name by which `kernels_for` finds this family."""
+        ...
+
+    def attend(
+        self,
+        queries: Tensor,
+        query_start: Tensor,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        query_positions: Tensor | None = None,
+        want_lse: bool = False,
+        mass_rows: Tensor | None = None,
+    ) -> Attention:
+        """Softmax attention of flat queries over the slots of all segments, accumulated in float32.
+
+        queries: [T, Hq, Dk], last dim contiguous; Hq = G*H and query head ``h*G + g`` reads KV head ``h``.
+        query_start: int32 [B + 1]; sequence ``b`` owns rows ``query_start[b]:query_start[b + 1]`` (may be empty).
+        scale: factor on the dot products. softcap: logits become ``softcap * tanh(logits / softcap)``.
+        window: a key is visible iff ``0 <= query position - key position < window``. Positions of keys are a segment's ``positions`` if
+            given, else their index in table order; of queries ``query_positions`` int32 [T] if given, else ``length - n + i``.
+        mass_rows: int32 [B]; only the last ``mass_rows[b]`` rows of a sequence count towards the mass (None: all rows). The mass of a
+            key is the sum of its true probabilities, after the merge over all segments, over counted rows and the G heads reading it.
+
+        A query that sees no key gets out 0 and lse -inf.
+        """
+        ...
+
+    def append(
+        self,
+        keys_new: Tensor,
+        values_new: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        *,
+        page_stride: int = 1,
+        page_offset: int = 0,
+    ) -> None:
+        """Write new rows [T, H, D] into the arenas (rounding to their dtype).
+
+        slots: int64 [T], ``block * block_size + offset`` with page = ``block * page_stride + page_offset + h``; or [T, H] in page space.
+        """
+        ...
+
+    def gather(self, arena: Tensor, slots: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows [n, D] at int64 slots [n] of an arena [P, block_size, D], into ``out`` if given. Columns [P, block_size] give [n]."""
+        ...
+
+    def scatter(self, rows: Tensor, arena: Tensor, slots: Tensor) -> None:
+        """Write rows [n, D] (or [n] for a column) at int64 slots [n] of an arena; with equal slots the last row wins."""
+        ...
+
+    def move_slots(self, arena: Tensor, source: Tensor, target: Tensor) -> None:
+        """Copy slot ``source[i]`` to ``target[i]`` within an arena or column, strictly in order of ``i`` (in-place compaction)."""
+        ...
+
+    def copy_pages(
+        self, source_arena: Tensor, source_pages: Tensor, target_arena: Tensor, target_pages: Tensor
+    ) -> None:
+        """Copy whole pages between arenas (or columns) of one dtype and page shape; int64 page ids [n] each."""
+        ...
+
+    def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
+        """Re-position rotated keys [n, D] by ``delta`` positions int [n]; a new tensor of the same dtype.
+
+        The first ``2 * len(inv_freq)`` dims are rotary: halves (default, GPT-NeoX and Llama style) or interleaved pairs (GPT-J style);
+        the rest is untouched. Exact for plain rotary embeddings (RoFormer, arXiv 2104.09864, section 3.2).
+        """
+        ...
+
+
+def check_attend(
+    queries: Tensor, query_start: Tensor, segments: Sequence[Segment], query_positions: Tensor | None
+) -> int:
+    """KV heads H shared by all segments; raises UsageError on shapes that do not fit (contents are not looked at)."""
+    if not segments:
+        raise UsageError("attend needs at least one segment")
+    num_heads, num_query_heads = segments[0].num_heads, queries.shape[1]
+    if num_query_heads % num_heads:
+        raise UsageError(f"{num_query_heads} query heads are not a multiple of {num_heads} KV heads")
+    num_sequences = query_start.shape[0] - 1
+    for segment in segments:
+        _check_segment(segment, num_sequences, num_heads, queries.shape[2])
+    if query_positions is not None and query_positions.shape != queries.shape[:1]:
+        raise UsageError(
+            f"query_positions has shape {tuple(query_positions.shape)}, queries need [{queries.shape[0]}]"
+        )
+    return num_heads
+
+
+def _check_segment(segment: Segment, num_sequences: int, num_heads: int, head_dim: int) -> None:
+    keys, values, tables = segment.keys, segment.values, segment.tables
+    if keys.shape[:2] != values.shape[:2] or keys.dtype != values.dtype:
+        raise UsageError(
+            f"keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} {values.dtype} must agree in pages, block size and dtype"
+        )
+    if keys.shape[2] != head_dim:
+        raise UsageError(f"queries have head dim {head_dim}, the key arena has {keys.shape[2]}")
+    lead = (num_sequences,) if segment.whole_blocks else (num_sequences, num_heads)
+    if tables.shape[:-1] != lead or segment.lengths.shape != lead:
+        raise UsageError(
+            f"tables {tuple(tables.shape)} and lengths {tuple(segment.lengths.shape)} do not fit {num_sequences} sequences, {num_heads} KV heads"
+        )

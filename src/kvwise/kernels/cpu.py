@@ -1,0 +1,291 @@
+"""Native CPU kernels: the torch face of `kvwise._native`, which sees addresses, shapes and strides only."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kvwise import _native
+from kvwise.core.errors import UsageError
+from kvwise.kernels.base import Attention, Segment, check_attend
+from kvwise.kernels.reference import ReferenceKernels
+
+# How a page's dtype is called in native/tasks.h.
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets compiled in that this CPU has, fastest first."""
+    return _native.instruction_sets()
+
+
+def advise_huge_pages(tensor: Tensor) -> bool:
+    """Ask for huge pages behind a tensor not yet written to; whether the system agreed."""
+    return _native.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+class CpuKernels:
+    """C++ kernels for one instruction set; float32 sums for every storage dtype. See `kvwise.kernels.base.Kernels`."""
+
+    def __init__(self, instruction_set: str) -> None:
+        if instruction_set not in _native.instruction_sets():
+            raise UsageError(
+                f"instruction set {instruction_set!r} cannot run on this CPU; "
+                f"available: {', '.join(_native.instruction_sets())}"
+            )
+        self._instruction_set = instruction_set
+        self._workspace = _native.Workspace()
+
+    @property
+    def name(self) -> str:
+        """`cpu-` and the instruction set."""
+        return f"cpu-{self._instruction_set}"
+
+    def attend(
+        self,
+        queries: Tensor,
+        query_start: Tensor,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        query_positions: Tensor | None = None,
+        want_lse: bool = False,
+        mass_rows: Tensor | None = None,
+    ) -> Attention:
+        """See `Kernels.attend`."""
+        num_heads = check_attend(queries, query_start, segments, query_positions)
+        _check_storage(segments)
+        num_tokens, num_query_heads, key_dim = queries.shape
+        value_dim = segments[0].values.shape[2]
+        rows = queries.float()
+        if rows.stride(2) != 1:
+            rows = rows.contiguous()
+        starts = _ints(query_start)
+        positions = None if query_positions is None else _ints(query_positions)
+        counted = None if mass_rows is None else _ints(mass_rows)
+        views = [_Fields(segment) for segment in segments]
+        out = torch.empty((num_tokens, num_query_heads, value_dim), dtype=torch.float32)
+        lse = torch.empty((num_tokens, num_query_heads), dtype=torch.float32)
+        if num_tokens:
+            _call(
+                _native.attend,
+                self._workspace,
+                self._instruction_set,
+                STORAGE[segments[0].keys.dtype],
+                num_heads,
+                num_query_heads // num_heads,
+                key_dim,
+                value_dim,
+                num_tokens,
+                starts.shape[0] - 1,
+                rows.data_ptr(),
+                rows.stride(0),
+                rows.stride(1),
+                starts.data_ptr(),
+                0 if positions is None else positions.data_ptr(),
+                0 if counted is None else counted.data_ptr(),
+                [view.fields for view in views],
+                out.data_ptr(),
+                lse.data_ptr(),
+                scale,
+                0 if window is None else window,
+                0.0 if softcap is None else softcap,
+                torch.get_num_threads(),
+            )
+        return Attention(out.to(queries.dtype), lse if want_lse else None)
+
+    def append(
+        self,
+        keys_new: Tensor,
+        values_new: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        *,
+        page_stride: int = 1,
+        page_offset: int = 0,
+    ) -> None:
+        """See `Kernels.append`."""
+        self._append(keys_new, keys, slots, page_stride, page_offset)
+        self._append(values_new, values, slots, page_stride, page_offset)
+
+    def _append(self, rows: Tensor, arena: Tensor, slots: Tensor, page_stride: int, page_offset: int) -> None:
+        num_tokens, num_heads, dim = rows.shape
+        if arena.shape[2] != dim or slots.shape[0] != num_tokens:
+            raise UsageError(
+                f"new rows {tuple(rows.shape)} do not fit arena {tuple(arena.shape)} and slots {tuple(slots.shape)}"
+            )
+        if rows.dtype != arena.dtype:
+            rows = rows.float()
+        if rows.stride(2) != 1:
+            rows = rows.contiguous()
+        slots = _longs(slots)
+        address, num_slots, row_bytes = _rows(arena)
+        if num_tokens:
+            _call(
+                _native.append,
+                self._instruction_set,
+                rows.data_ptr(),
+                rows.stride(0) * rows.element_size(),
+                rows.stride(1) * rows.element_size(),
+                rows.dtype != arena.dtype,
+                STORAGE[arena.dtype],
+                dim,
+                address,
+                num_slots,
+                row_bytes,
+                num_tokens,
+                num_heads,
+                slots.data_ptr(),
+                slots.ndim == 2,
+                arena.shape[1],
+                page_stride,
+                page_offset,
+                torch.get_num_threads(),
+            )
+
+    def gather(self, arena: Tensor, slots: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Kernels.gather`."""
+        shape = (slots.shape[0], *arena.shape[2:])
+        if out is None:
+            out = torch.empty(shape, dtype=arena.dtype)
+        elif out.shape != shape or out.dtype != arena.dtype or not out.is_contiguous():
+            raise UsageError(
+                f"out must be contiguous {shape} {arena.dtype}, got {tuple(out.shape)} {out.dtype}"
+            )
+        slots = _longs(slots)
+        _call(
+            _native.gather,
+            *_rows(arena),
+            slots.data_ptr(),
+            len(slots),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def scatter(self, rows: Tensor, arena: Tensor, slots: Tensor) -> None:
+        """See `Kernels.scatter`."""
+        if rows.shape != (slots.shape[0], *arena.shape[2:]):
+            raise UsageError(
+                f"rows {tuple(rows.shape)} do not fit {len(slots)} slots of arena {tuple(arena.shape)}"
+            )
+        rows, slots = rows.to(arena.dtype).contiguous(), _longs(slots)
+        threads = torch.get_num_threads()
+        _call(_native.scatter, rows.data_ptr(), *_rows(arena), slots.data_ptr(), len(slots), threads)
+
+    def move_slots(self, arena: Tensor, source: Tensor, target: Tensor) -> None:
+        """See `Kernels.move_slots`."""
+        source, target = _longs(source), _longs(target)
+        _check_pairs(source, target)
+        _call(_native.move_slots, *_rows(arena), source.data_ptr(), target.data_ptr(), len(source))
+
+    def copy_pages(
+        self, source_arena: Tensor, source_pages: Tensor, target_arena: Tensor, target_pages: Tensor
+    ) -> None:
+        """See `Kernels.copy_pages`."""
+        if source_arena.shape[1:] != target_arena.shape[1:] or source_arena.dtype != target_arena.dtype:
+            raise UsageError(
+                f"arenas must agree in dtype and page shape: {tuple(source_arena.shape)} {source_arena.dtype} "
+                f"against {tuple(target_arena.shape)} {target_arena.dtype}"
+            )
+        source_pages, target_pages = _longs(source_pages), _longs(target_pages)
+        _check_pairs(source_pages, target_pages)
+        _call(
+            _native.copy_pages,
+            _address(source_arena),
+            source_arena.shape[0],
+            source_pages.data_ptr(),
+            _address(target_arena),
+            target_arena.shape[0],
+            target_pages.data_ptr(),
+            source_arena[0].numel() * source_arena.element_size(),
+            len(source_pages),
+            torch.get_num_threads(),
+        )
+
+    def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
+        """See `Kernels.rotate`; torch's own elementwise kernels do it."""
+        return ReferenceKernels().rotate(keys, delta, inv_freq, interleaved=interleaved)
+
+
+class _Fields:
+    """A segment as the native side wants it; keeps converted tables alive for the length of the call."""
+
+    def __init__(self, segment: Segment) -> None:
+        tables, lengths = _ints(segment.tables), _ints(segment.lengths)
+        whole = segment.whole_blocks
+        self.alive = (tables, lengths)
+        self.fields = [
+            _address(segment.keys),
+            _address(segment.values),
+            tables.data_ptr(),
+            tables.stride(0),
+            0 if whole else tables.stride(1),
+            tables.shape[-1],
+            lengths.data_ptr(),
+            lengths.stride(0),
+            0 if whole else lengths.stride(1),
+            segment.page_stride if whole else 1,
+            segment.page_offset if whole else 0,
+            1 if whole else 0,
+            segment.keys.shape[0],
+            segment.keys.shape[1],
+            segment.causal,
+            0 if segment.positions is None else _address(segment.positions),
+            0 if segment.mass is None else _address(segment.mass),
+        ]
+
+
+def _call(function: Callable[..., None], *arguments: object) -> None:
+    """Call the native side; what it refuses (a slot or page outside its arena) is the caller's error."""
+    try:
+        function(*arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _address(arena: Tensor) -> int:
+    if not arena.is_contiguous():
+        raise UsageError(
+            f"an arena must be contiguous, got shape {tuple(arena.shape)} strides {arena.stride()}"
+        )
+    return arena.data_ptr()
+
+
+def _rows(arena: Tensor) -> tuple[int, int, int]:
+    """Address, slots and bytes a slot of an arena [P, block_size, D] or column [P, block_size]."""
+    num_slots = arena.shape[0] * arena.shape[1]
+    return _address(arena), num_slots, arena.element_size() * (arena.shape[2] if arena.ndim == 3 else 1)
+
+
+def _ints(tensor: Tensor) -> Tensor:
+    tensor = tensor.to(torch.int32)
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _longs(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.int64).contiguous()
+
+
+def _check_pairs(source: Tensor, target: Tensor) -> None:
+    if source.shape != target.shape:
+        raise UsageError(f"{len(source)} sources for {len(target)} targets")
+
+
+def _check_storage(segments: Sequence[Segment]) -> None:
+    first = segments[0]
+    for segment in segments:
+        if segment.keys.dtype not in STORAGE:
+            raise UsageError(
+                f"pages of {segment.keys.dtype} cannot be read; use float32, bfloat16 or float16"
+            )
+        if segment.keys.dtype != first.keys.dtype or segment.values.shape[2] != first.values.shape[2]:
+            raise UsageError("all segments of one attend must share dtype and value dim")
+        for column, dtype in ((segment.positions, torch.int32), (segment.mass, torch.float32)):
+            if column is not None and (column.dtype != dtype or column.shape != segment.keys.shape[:2]):
+                raise UsageError(
+                    f"column {tuple(column.shape)} {column.dtype} must be {tuple(segment.keys.shape[:2])} {dtype}"
+                )

@@ -1,0 +1,197 @@
+"""The specification of the kernels in plain torch: any device, any dtype, float32 arithmetic, written to be read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvwise.kernels.base import Attention, Segment, check_attend
+
+# Query rows handled at once: bounds the logits held to ROWS x keys, so that a long prompt needs no T x T matrix here either.
+ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One segment as one sequence sees it, all heads padded to S slots."""
+
+    keys: Tensor  # [H, S, Dk] float32
+    values: Tensor  # [H, S, Dv] float32
+    slots: Tensor  # int64 [H, S]
+    lengths: Tensor  # int64 [H, 1, 1]
+    positions: Tensor  # int64 [H, 1, S]
+    segment: Segment
+
+
+class ReferenceKernels:
+    """Plain torch kernels; see `kvwise.kernels.base.Kernels` for what each must do."""
+
+    name = "reference"
+
+    def attend(
+        self,
+        queries: Tensor,
+        query_start: Tensor,
+        segments: Sequence[Segment],
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        query_positions: Tensor | None = None,
+        want_lse: bool = False,
+        mass_rows: Tensor | None = None,
+    ) -> Attention:
+        """See `Kernels.attend`."""
+        num_heads = check_attend(queries, query_start, segments, query_positions)
+        num_tokens, num_query_heads, _ = queries.shape
+        out = queries.new_zeros(num_tokens, num_query_heads, segments[0].values.shape[2])
+        lse = queries.new_full((num_tokens, num_query_heads), -math.inf, dtype=torch.float32)
+        starts = query_start.tolist()
+        for b, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+            if first == last:
+                continue
+            views = [_view(segment, b, num_heads) for segment in segments]
+            counted_from = first if mass_rows is None else max(first, last - int(mass_rows[b]))
+            for start in range(first, last, ROWS):
+                rows = slice(start, min(start + ROWS, last))
+                # [H, n, G, Dk]: the G heads that read one KV head side by side
+                grouped = queries[rows].float().unflatten(1, (num_heads, -1)).permute(1, 0, 2, 3)
+                index = torch.arange(rows.start, rows.stop, device=queries.device) - first
+                given = None if query_positions is None else query_positions[rows].long()
+                logits = [
+                    _logits(grouped, view, index, last - first, given, scale, window, softcap)
+                    for view in views
+                ]
+                total = torch.logsumexp(torch.cat(logits, dim=-1), dim=-1, keepdim=True)
+                # A row that sees nothing has total -inf; dividing by 1 instead keeps its probabilities at 0.
+                safe = torch.where(total == -math.inf, 0.0, total)
+                probs = [torch.exp(part - safe) for part in logits]
+                merged = sum(
+                    (torch.einsum("hngs,hsd->nhgd", p, v.values) for p, v in zip(probs, views, strict=True)),
+                    torch.zeros(()),
+                )
+                out[rows] = merged.flatten(1, 2).to(out.dtype)
+                lse[rows] = total.squeeze(-1).transpose(0, 1).flatten(1, 2)
+                counted = (index + first >= counted_from).float()
+                for part, view in zip(probs, views, strict=True):
+                    _add_mass(part, view, counted)
+        return Attention(out, lse if want_lse else None)
+
+    def append(
+        self,
+        keys_new: Tensor,
+        values_new: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        *,
+        page_stride: int = 1,
+        page_offset: int = 0,
+    ) -> None:
+        """See `Kernels.append`."""
+        block_size = keys.shape[1]
+        if slots.ndim == 1:
+            heads = torch.arange(keys_new.shape[1], device=slots.device)
+            pages = (slots // block_size * page_stride + page_offset)[:, None] + heads
+            slots = pages * block_size + (slots % block_size)[:, None]
+        self.scatter(keys_new.flatten(0, 1), keys, slots.flatten())
+        self.scatter(values_new.flatten(0, 1), values, slots.flatten())
+
+    def gather(self, arena: Tensor, slots: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `Kernels.gather`."""
+        return torch.index_select(arena.flatten(0, 1), 0, slots, out=out)
+
+    def scatter(self, rows: Tensor, arena: Tensor, slots: Tensor) -> None:
+        """See `Kernels.scatter`."""
+        arena.view(-1, *arena.shape[2:]).index_copy_(0, slots, rows.to(arena.dtype))
+
+    def move_slots(self, arena: Tensor, source: Tensor, target: Tensor) -> None:
+        """See `Kernels.move_slots`."""
+        rows = arena.view(-1, *arena.shape[2:])
+        # One gather and one scatter equal the ordered copies unless a slot is read after it was written.
+        written_at = {slot: i for i, slot in reversed(list(enumerate(target.tolist())))}
+        if all(written_at.get(slot, i) >= i for i, slot in enumerate(source.tolist())):
+            last = {slot: i for i, slot in enumerate(target.tolist())}
+            order = torch.tensor(sorted(last.values()), dtype=torch.int64, device=source.device)
+            rows[target[order]] = rows[source[order]]
+            return
+        for read, written in zip(source.tolist(), target.tolist(), strict=True):
+            rows[written] = rows[read].clone()
+
+    def copy_pages(
+        self, source_arena: Tensor, source_pages: Tensor, target_arena: Tensor, target_pages: Tensor
+    ) -> None:
+        """See `Kernels.copy_pages`."""
+        target_arena.index_copy_(0, target_pages, source_arena.index_select(0, source_pages))
+
+    def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
+        """See `Kernels.rotate`."""
+        rotary_dim = 2 * inv_freq.numel()
+        angles = delta.double()[:, None] * inv_freq.double()
+        cos, sin = angles.cos().float(), angles.sin().float()
+        rotary = keys[:, :rotary_dim].float()
+        pairs = rotary.unflatten(1, (-1, 2)) if interleaved else rotary.unflatten(1, (2, -1)).transpose(1, 2)
+        x, y = pairs.unbind(-1)
+        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=-1 if interleaved else 1)
+        return torch.cat((turned.flatten(1).to(keys.dtype), keys[:, rotary_dim:]), dim=1)
+
+
+def _view(segment: Segment, b: int, num_heads: int) -> _View:
+    """Gather what sequence ``b`` holds of a segment, per head, padded to the longest head."""
+    block_size = segment.keys.shape[1]
+    lengths = (
+        segment.lengths[b].long().expand(num_heads) if segment.whole_blocks else segment.lengths[b].long()
+    )
+    table = segment.tables[b].long()
+    index = torch.arange(int(lengths.max()), device=table.device)
+    if segment.whole_blocks:
+        heads = torch.arange(num_heads, device=table.device)[:, None]
+        pages = table[index // block_size] * segment.page_stride + segment.page_offset + heads
+    else:
+        # Heads shorter than the longest may have no table entry there: their slots are invisible, page 0 stands in.
+        pages = torch.where(index < lengths[:, None], table[:, index // block_size], 0)
+    slots = pages * block_size + index % block_size
+    positions = (
+        index.expand_as(slots) if segment.positions is None else segment.positions.flatten()[slots].long()
+    )
+    used = (index < lengths[:, None])[..., None]
+    keys, values = (
+        torch.where(used, arena.flatten(0, 1)[slots].float(), 0.0) for arena in (segment.keys, segment.values)
+    )
+    return _View(keys, values, slots, lengths[:, None, None], positions[:, None, :], segment)
+
+
+def _logits(
+    grouped: Tensor,
+    view: _View,
+    index: Tensor,
+    num_queries: int,
+    query_positions: Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Logits [H, n, G, S] of the query rows ``index`` over one view, -inf where a key is invisible."""
+    logits = torch.einsum("hngd,hsd->hngs", grouped, view.keys) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    slot = torch.arange(view.keys.shape[1], device=index.device)
+    row = index[None, :, None]
+    limit = view.lengths - num_queries + row + 1 if view.segment.causal else view.lengths
+    visible = slot < torch.minimum(limit, view.lengths)
+    if window is not None:
+        at = view.lengths - num_queries + row if query_positions is None else query_positions[None, :, None]
+        distance = at - view.positions
+        visible = visible & (distance >= 0) & (distance < window)
+    return logits.masked_fill(~visible[:, :, None, :], -math.inf)
+
+
+def _add_mass(probs: Tensor, view: _View, counted: Tensor) -> None:
+    """Add what each slot received from the counted rows; probs [H, n, G, S], counted [n] of 0 and 1."""
+    if view.segment.mass is None:
+        return
+    received = torch.einsum("hngs,n->hs", probs, counted)
+    used = torch.arange(received.shape[1], device=received.device) < view.lengths[:, :, 0]
+    view.segment.mass.view(-1).index_add_(0, view.slots[used], received[used])

@@ -1,0 +1,1 @@
+"""Methods that answer: how many tokens in a step? One file each."""

@@ -1,0 +1,1 @@
+"""Methods that answer: in how many bytes? One file each."""

@@ -1,0 +1,1 @@
+"""Methods that answer: how does stored KV come back? One file each."""

@@ -1,0 +1,65 @@
+"""H2O: the latest tokens and those that have received the most attention (heavy hitters) stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kvwise.core.method import Trait
+from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class H2O(Retention):
+    """Heavy-Hitter Oracle, arXiv 2306.14048, Algorithm 1 with local (causal) statistics, per layer and KV head.
+
+    `budget` is the share of the prompt that stays, `recent` the part of it that is the latest tokens (the paper's
+    heavy ratio 0.1 + recent ratio 0.1 are `budget=0.2, recent=0.5`). A KV head shared by several query heads sums
+    their attention. Keys keep their original rotation. Budget 1 drops nothing, also while decoding.
+    """
+
+    budget: float = 0.2
+    recent: float = 0.5
+
+    name: ClassVar[str] = "h2o"
+    idea: ClassVar[str] = "keep the latest tokens and those that received most attention"
+    paper: ClassVar[str] = "H2O, arXiv 2306.14048"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_EVERY_ROW, Trait.OWNS_PAGES, Trait.PRIVATE})
+    needs_mass: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
+        self.require("recent", 0 <= self.recent <= 1, "0 to 1")
+
+    def capacity(self, num_prompt_tokens: int) -> int | None:
+        """The share of the prompt, at least two tokens; None at budget 1."""
+        return None if self.budget == 1 else max(2, int(num_prompt_tokens * self.budget))
+
+    def num_recent(self, capacity: int) -> int:
+        """How many of `capacity` tokens are the latest ones; at least one, the newest token itself."""
+        return max(1, int(capacity * self.recent))
+
+    def keep(self, view: PromptView) -> Tensor:
+        """The `recent` last tokens and, of the others, those with the largest mass."""
+        assert view.mass is not None
+        if view.num_tokens <= view.capacity:
+            return torch.ones_like(view.mass, dtype=torch.bool)
+        recent = self.num_recent(view.capacity)
+        older = view.num_tokens - recent
+        heavy = view.mass[..., :older].topk(view.capacity - recent, dim=-1).indices
+        kept = torch.zeros_like(view.mass, dtype=torch.bool).scatter_(-1, heavy, True)
+        kept[..., older:] = True
+        return kept
+
+    def victims(self, view: DecodeView) -> Tensor:
+        """The token with the least mass outside the latest `recent`."""
+        assert view.mass is not None
+        recent = (view.capacity * self.recent).int().clamp(min=1)
+        first_recent = (view.num_tokens - recent)[:, None, None, None]
+        protected = (view.positions >= first_recent) | ~view.used
+        return view.mass.masked_fill(protected, torch.inf).argmin(-1)

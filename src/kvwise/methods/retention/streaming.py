@@ -1,0 +1,55 @@
+"""Streaming: the first tokens (attention sinks) and the latest ones stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kvwise.core.method import Trait
+from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Streaming(Retention):
+    """StreamingLLM, arXiv 2309.17453 section 3: `sinks` first tokens and a window of the latest.
+
+    `budget` is the share of the prompt that stays, sinks included; `window` gives the number of latest tokens
+    instead. Keys keep the rotation of their original position (the paper re-indexes positions inside the cache,
+    which differs only once a text outgrows the trained context).
+    """
+
+    budget: float = 0.2
+    sinks: int = 4
+    window: int | None = None
+
+    name: ClassVar[str] = "streaming"
+    idea: ClassVar[str] = "keep the first tokens and a window of the latest"
+    paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.PRIVATE})
+
+    def __post_init__(self) -> None:
+        self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
+        self.require("sinks", self.sinks >= 0, "0 or more")
+        self.require("window", self.window is None or self.window >= 1, "at least 1")
+
+    def capacity(self, num_prompt_tokens: int) -> int | None:
+        """Sinks plus window; None at budget 1."""
+        if self.window is not None:
+            return self.sinks + self.window
+        return None if self.budget == 1 else max(self.sinks + 1, int(num_prompt_tokens * self.budget))
+
+    def keep(self, view: PromptView) -> Tensor:
+        """The first `sinks` and as many of the last as the capacity leaves."""
+        window = view.capacity - self.sinks
+        kept = (view.positions < self.sinks) | (view.positions >= view.num_tokens - window)
+        return kept.expand(*view.shape, -1)
+
+    def victims(self, view: DecodeView) -> Tensor:
+        """The oldest token that is no sink."""
+        protected = (view.positions < self.sinks) | ~view.used
+        return view.positions.masked_fill(protected, torch.iinfo(torch.int32).max).argmin(-1)

@@ -1,0 +1,17 @@
+"""None: every request computes its own KV."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvwise.core.method import Axis, Method
+
+
+@dataclass(frozen=True)
+class NoReuse(Method):
+    """Nothing is shared between requests."""
+
+    name: ClassVar[str] = "none"
+    axis: ClassVar[Axis] = Axis.REUSE
+    idea: ClassVar[str] = "compute everything"
+    paper: ClassVar[str] = "-"
+    default: ClassVar[bool] = True

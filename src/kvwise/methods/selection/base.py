@@ -1,0 +1,86 @@
+"""The seam of selection: all tokens are kept in a slower tier, and a method says which of them a query reads.
+
+The method is an *index* on the device: it learns about a request's keys, and for a query it names tokens. Moving the
+bytes (to the host after prefill, back over the link before a layer needs them) is common ground, written once in
+`engine/placement/recall.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from kvwise.core.method import Axis, Method
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class IndexShape:
+    """What an index must know of the model."""
+
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    device: torch.device
+
+
+class Index(ABC):
+    """What a selection method keeps on the device to find tokens. A `row` is a running request.
+
+    Shapes: queries [T, Hq, D], keys [T, H, D], rotated. Query head h * G + g belongs to KV head h.
+    """
+
+    @abstractmethod
+    def calibrate(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+        """Learn about the model from a sample prompt, once, before any request."""
+
+    @abstractmethod
+    def observe(self, layer: int, row: int, queries: Tensor, keys: Tensor) -> None:
+        """See a chunk of a request's prompt as it is computed."""
+
+    @abstractmethod
+    def build(self, layer: int, row: int, keys: Tensor) -> None:
+        """The prompt is complete: index all its keys [T, H, D]."""
+
+    @abstractmethod
+    def add(self, layer: int, row: int, keys: Tensor) -> None:
+        """Index the keys [H, D] of one more token."""
+
+    @abstractmethod
+    def choose(self, layer: int, row: int, query: Tensor, scale: float) -> Tensor:
+        """Tokens to read for query [Hq, D]: int64 [H, n], n >= 1 the same for every head."""
+
+    @abstractmethod
+    def drop(self, row: int) -> None:
+        """Forget a request; one that is not known is no error."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Device bytes held for all requests."""
+
+
+@dataclass(frozen=True)
+class Selection(Method):
+    """A method that decides which stored tokens a query reads."""
+
+    axis: ClassVar[Axis] = Axis.SELECTION
+    num_full_layers: ClassVar[int] = 0  # first layers that stay on the device and are read in full
+
+    @abstractmethod
+    def index(self, shape: IndexShape) -> Index:
+        """A fresh index for a model of this shape."""
+
+
+def near(scores: Tensor, alpha: float, most: int) -> Tensor:
+    """Tokens whose score [H, G, T] is within `alpha` of the best: int64 [H, n], n the mean count, at most `most`."""
+    behind = scores - scores.amax(-1, keepdim=True)
+    wanted = (behind > -alpha).sum(-1).float().mean()
+    num = max(1, min(math.ceil(float(wanted)), most, scores.shape[-1]))
+    return behind.amax(1).topk(num, dim=-1).indices

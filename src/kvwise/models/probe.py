@@ -1,0 +1,156 @@
+"""What a model's attention does, found by running it: the hook is accepted only if it was seen to work.
+
+Two short sequences go through the hooked model as one flat batch, with a plain dense attention behind the
+hook. Every layer must call once, in order, with one shape of KV; and the logits must be those of the same
+model with its own attention. Architectures that keep attention tables of their own, hybrids with state-space
+layers, position biases and attention sinks all show here, whatever they are called.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvwise.core.errors import UnsupportedModel
+from kvwise.models.hook import forward_model
+from kvwise.models.loaded import LayerAttention
+from kvwise.models.quiet import quiet
+
+LENGTHS = (7, 4)  # tokens of the two sequences
+TOLERANCE = {
+    torch.float32: 2e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 0.25,
+}  # of the largest logit; a probe, not a proof
+
+
+class ProbeBatch:
+    """Dense causal attention over the probe's sequences; notes what each call brought."""
+
+    def __init__(self, lengths: tuple[int, ...], current: Callable[[], nn.Module]) -> None:
+        self._lengths = lengths
+        self._current = current
+        self.calls: list[tuple[int, LayerAttention]] = []
+        self.value_dims: set[int] = set()
+
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """See AttentionBatch."""
+        num_query_heads, head_dim = queries.shape[1:]
+        self.value_dims.add(values.shape[2])
+        seen = LayerAttention(
+            self._current(), num_query_heads, keys.shape[1], head_dim, scale, window, softcap
+        )
+        self.calls.append((layer, seen))
+        parts = zip(
+            queries.split(self._lengths), keys.split(self._lengths), values.split(self._lengths), strict=True
+        )
+        return torch.cat([_dense(q, k, v, scale, window, softcap) for q, k, v in parts])
+
+
+def probe(model: PreTrainedModel, install: Callable[[], None], name: str) -> tuple[LayerAttention, ...]:
+    """Compares `model` before and after `install` hooked it: its layers, or UnsupportedModel."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(vocab, (length,), generator=generator).to(model.device) for length in LENGTHS]
+    try:
+        with torch.inference_mode(), quiet():
+            plain = [model(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences]
+            install()
+            batch, logits = _run_hooked(model, sequences)
+    except (
+        TypeError,
+        AttributeError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        IndexError,
+        NotImplementedError,
+    ) as error:
+        raise UnsupportedModel(f"{_hooked(model, name)}: {_first_line(error)}") from error
+    layers = _check_calls(model, name, batch)
+    difference = float((torch.cat(plain) - logits).abs().max() / torch.cat(plain).abs().max().clamp_min(1e-6))
+    if not difference <= TOLERANCE.get(model.dtype, 0.25):
+        raise UnsupportedModel(
+            f"{_hooked(model, name)}: with the hook its logits are off by {difference:.1%}, so its attention"
+            " does something the hook does not see (position biases or attention sinks, for example)"
+        )
+    return layers
+
+
+def _run_hooked(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[ProbeBatch, Tensor]:
+    stack: list[nn.Module] = []
+    handles = [
+        handle
+        for module in model.modules()
+        for handle in (
+            module.register_forward_pre_hook(lambda module, args: stack.append(module)),
+            module.register_forward_hook(lambda module, args, output: _pop(stack)),
+        )
+    ]
+    # Attention is called from its module's own forward: the innermost module in progress made the call.
+    batch = ProbeBatch(LENGTHS, lambda: stack[-1])
+    positions = torch.cat([torch.arange(len(tokens), device=tokens.device) for tokens in sequences])
+    try:
+        logits = forward_model(model, torch.cat(sequences), positions, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return batch, logits
+
+
+def _pop(stack: list[nn.Module]) -> None:
+    stack.pop()
+
+
+def _check_calls(model: PreTrainedModel, name: str, batch: ProbeBatch) -> tuple[LayerAttention, ...]:
+    config: Any = model.config.get_text_config()
+    num_layers, called = config.num_hidden_layers, [layer for layer, _ in batch.calls]
+    if called != list(range(num_layers)):
+        raise UnsupportedModel(
+            f"{_hooked(model, name)}: {len(set(called))} of its {num_layers} layers called the hook; the others"
+            " keep attention or state of their own. docs/models.md lists what works"
+        )
+    layers = tuple(seen for _, seen in batch.calls)
+    shapes = {(layer.num_query_heads, layer.num_kv_heads, layer.head_dim) for layer in layers}
+    if len(shapes) > 1 or batch.value_dims != {layers[0].head_dim}:
+        raise UnsupportedModel(
+            f"{_hooked(model, name)}: its layers or its keys and values differ in shape (query heads, KV heads,"
+            f" head dim: {sorted(shapes)}; value dims {sorted(batch.value_dims)}); kvwise pages hold one shape"
+        )
+    return layers
+
+
+def _hooked(model: PreTrainedModel, name: str) -> str:
+    return f"the attention of {name} (model type {model.config.model_type!r}) cannot be hooked"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _dense(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of one sequence from its start: [n, Hq, D], [n, H, D] -> [n, Hq, D]."""
+    groups = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(groups, 1).float(), values.repeat_interleave(groups, 1).float()
+    scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    place = torch.arange(len(queries), device=queries.device)
+    distance = place[:, None] - place[None, :]
+    visible = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).to(queries.dtype)

@@ -1,0 +1,104 @@
+"""What the study needs of an engine and of the place that makes them: tests give it a fake one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvwise.core.clock import Clock
+from kvwise.core.output import EngineStats, RequestOutput
+from kvwise.core.params import SamplingParams
+
+Observe = Callable[[int, Any], None]  # (index of the output token, logits [V])
+
+
+class EngineFace(Protocol):
+    """The part of `kvwise.engine.engine.Engine` that the study drives."""
+
+    def add_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        arrival: float | None = None,
+        observe: Observe | None = None,
+    ) -> str:
+        """Queue a request."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request."""
+        ...
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, run, commit."""
+        ...
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has work or news."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Figures of this moment."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the study must know of a model. `kv_token_bytes`: KV of one token, all layers and heads."""
+
+    name: str
+    vocab_size: int
+    max_model_len: int
+    kv_token_bytes: int
+    weight_bytes: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class OnOffRun:
+    """One timed generation: which side, how many tokens, seconds to the first and to all, and the tokens."""
+
+    side: str  # "hf-off" | "hf-on" | "kvwise"
+    output_tokens: int
+    first_s: float
+    total_s: float
+    tokens: tuple[int, ...]
+
+
+class Bench(Protocol):
+    """Where engines come from, and the time they live in."""
+
+    clock: Clock
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        ...
+
+    def resident_bytes(self) -> int:
+        """Memory of this process that is in RAM."""
+        ...
+
+    def check_strategy(self, text: str) -> None:
+        """StrategyError if `text` is no strategy."""
+        ...
+
+    def named_methods(self, text: str) -> tuple[str, ...]:
+        """The methods a strategy names that are not what an axis does anyway."""
+        ...
+
+    def facts(self, model: str) -> ModelFacts:
+        """Load a model (once) and say what it is."""
+        ...
+
+    def engine(self, model: str, strategy: str, memory_bytes: int | None) -> EngineFace:
+        """A fresh engine; `memory_bytes` is the size of its KV pool, None for its default."""
+        ...
+
+    def generate(self, model: str, side: str, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
+        """Generate greedily with the KV cache off ("hf-off") or on ("hf-on", "kvwise"), timed."""
+        ...

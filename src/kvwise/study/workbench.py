@@ -1,0 +1,162 @@
+"""The real bench: models, engines, and transformers' own generation beside them."""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvwise.core.clock import Clock, MonotonicClock
+from kvwise.core.config import EngineConfig, parse_bytes
+from kvwise.core.params import SamplingParams
+from kvwise.engine.engine import Engine
+from kvwise.engine.sizing import kv_dtype
+from kvwise.methods.catalogue import parse
+from kvwise.models.load import load_model
+from kvwise.models.loaded import LoadedModel
+from kvwise.models.quiet import quiet
+from kvwise.models.random import RANDOM_MODELS, build
+from kvwise.study.face import EngineFace, ModelFacts, OnOffRun
+from kvwise.study.plan import Plan, link_speeds
+
+HELD_SHARE = 0.25  # of the machine's memory: models loaded before are kept while they fit in it
+
+
+class Workbench:
+    """Models and engines for one plan. Loaded models stay loaded while there is room for them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.clock: Clock = MonotonicClock()
+        self._plan = plan
+        self._held: dict[str, LoadedModel] = {}
+        self._plain: dict[str, Any] = {}
+        self._process = psutil.Process(os.getpid())
+        if plan.threads is not None:
+            torch.set_num_threads(plan.threads)
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        time.sleep(max(0.0, seconds))
+
+    def resident_bytes(self) -> int:
+        """Memory of this process that is in RAM."""
+        return int(self._process.memory_info().rss)
+
+    def check_strategy(self, text: str) -> None:
+        """StrategyError if `text` is no strategy."""
+        parse(text)
+
+    def named_methods(self, text: str) -> tuple[str, ...]:
+        """The methods a strategy names that are not what an axis does anyway."""
+        return tuple(method.name for method in parse(text).methods() if not method.default)
+
+    def facts(self, model: str) -> ModelFacts:
+        """Load a model (once) and say what it is."""
+        loaded = self._load(model)
+        element = kv_dtype(loaded, self._config(None)).itemsize
+        return ModelFacts(
+            name=model,
+            vocab_size=loaded.vocab_size,
+            max_model_len=loaded.max_model_len,
+            kv_token_bytes=2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * element,
+            weight_bytes=loaded.weight_bytes,
+            num_parameters=loaded.num_parameters,
+        )
+
+    def engine(self, model: str, strategy: str, memory_bytes: int | None) -> EngineFace:
+        """A fresh engine; `memory_bytes` is the size of its KV pool, None for its default."""
+        return Engine(self._load(model), parse(strategy), self._config(memory_bytes), self.clock)
+
+    def generate(self, model: str, side: str, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
+        """Generate greedily with the KV cache off ("hf-off") or on ("hf-on", "kvwise"), timed."""
+        if side == "kvwise":
+            return self._generate_paged(model, prompt, output_tokens)
+        return self._generate_plain(model, side == "hf-on", prompt, output_tokens)
+
+    def _config(self, memory_bytes: int | None) -> EngineConfig:
+        given = self._plan.engine.model_dump(exclude={"kv_offloading"})
+        offloading = self._plan.engine.kv_offloading
+        return EngineConfig(
+            **given,
+            kv_cache_memory_bytes=memory_bytes,
+            kv_offloading_bytes=None if offloading is None else parse_bytes(offloading),
+            links=link_speeds(self._plan),
+        )
+
+    def _load(self, model: str) -> LoadedModel:
+        if model not in self._held:
+            loaded = load_model(model, dtype=self._plan.dtype, device=self._plan.engine.device, seed=self._plan.seed)
+            room = psutil.virtual_memory().total * HELD_SHARE - loaded.weight_bytes
+            while self._held and sum(held.weight_bytes for held in self._held.values()) > room:
+                del self._held[next(iter(self._held))]
+            self._held[model] = loaded
+        return self._held[model]
+
+    def _generate_paged(self, model: str, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
+        engine = self.engine(model, "full", None)
+        try:
+            params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+            start = self.clock.now()
+            engine.add_request(prompt, params, arrival=start)
+            last = None
+            while engine.has_unfinished():
+                last = (engine.step() or [last])[-1]
+            if last is None or last.metrics.first_token is None:
+                raise RuntimeError(f"the engine gave no output for {model}")
+            end = self.clock.now()
+            first = last.metrics.first_token - start
+            return OnOffRun("kvwise", output_tokens, first, end - start, tuple(last.token_ids))
+        finally:
+            engine.close()
+
+    def _generate_plain(self, model: str, cached: bool, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
+        plain = self._plain_model(model)
+        ids = torch.tensor([list(prompt)])
+        stamp = _FirstToken(self.clock)
+        start = self.clock.now()
+        with torch.inference_mode():
+            out = plain.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                use_cache=cached,
+                max_new_tokens=output_tokens,
+                min_new_tokens=output_tokens,
+                streamer=stamp,
+            )
+        total = self.clock.now() - start
+        tokens = tuple(int(t) for t in out[0, ids.shape[1] :])
+        return OnOffRun("hf-on" if cached else "hf-off", output_tokens, stamp.first - start, total, tokens)
+
+    def _plain_model(self, model: str) -> Any:
+        """The model as transformers runs it, without kvwise's attention."""
+        if model not in self._plain:
+            self._plain.clear()
+            name = model.removeprefix("random:")
+            with quiet():
+                if name in RANDOM_MODELS:
+                    self._plain[model] = build(RANDOM_MODELS[name](), self._plan.seed)
+                else:
+                    self._plain[model] = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        return self._plain[model]
+
+
+class _FirstToken:
+    """A streamer that only notes when the first new token came."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._calls = 0
+        self.first = 0.0
+
+    def put(self, value: object) -> None:
+        """Called with the prompt, then with each token."""
+        self._calls += 1
+        if self._calls == 2:
+            self.first = self._clock.now()
+
+    def end(self) -> None:
+        """Called at the end."""
