@@ -109,7 +109,7 @@ def fill_with_old_blocks(manager: CacheManager, rng: np.random.Generator) -> Non
 
 
 def per_block(num_blocks: int, repeats: int) -> dict[str, float]:
-    """Nanoseconds per block of one prompt: keys, reserve, commit, release, then match and admit when cached."""
+    """Nanoseconds per block of one prompt: keys, reserve, commit, release; then match and admit, cached."""
     manager = make_manager(2 * num_blocks, 8, num_blocks + 1)
     rng = np.random.default_rng(SEED)
     times: dict[str, list[int]] = {

@@ -20,7 +20,7 @@ namespace kvwise {
 
 extern const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET);
 const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET) = {
-    KVWISE_TEXT(KVWISE_SET), ::decode, ::decode_mass, ::prefill, ::prefill_mass, ::narrow,
+    KVWISE_TEXT(KVWISE_SET), ::decode, ::decode_mass, ::prefill, ::prefill_mass, ::narrow, ::read_floats,
 };
 
 }  // namespace kvwise

@@ -3,6 +3,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +16,7 @@
 #include "attend.h"
 #include "dispatch.h"
 #include "rows.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 
@@ -131,6 +134,21 @@ void bind_rows(nb::module_& m) {
     });
 }
 
+// Reads num_floats floats once, in large runs over the threads; the time it takes is the machine's read bandwidth.
+float read_memory(const std::string& set, uintptr_t address, int64_t num_floats, int num_threads) {
+    const InstructionSet& functions = set_called(set);
+    const nb::gil_scoped_release unlocked;
+    std::atomic<float> total{0.0f};
+    const int64_t run = (num_floats + 4 * num_threads - 1) / (4 * num_threads);
+    parallel_for(4 * num_threads, num_threads, [&](int64_t i, int) {
+        const int64_t from = std::min(num_floats, i * run), to = std::min(num_floats, from + run);
+        const float sum = functions.read(at<const float>(address) + from, to - from);
+        for (float old = total.load(); !total.compare_exchange_weak(old, old + sum);) {
+        }
+    });
+    return total.load();
+}
+
 // Asks for huge pages behind [address, address + bytes); false where the system has none to give.
 bool advise_huge_pages(uintptr_t address, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -150,6 +168,7 @@ NB_MODULE(_native, m) {
     m.doc() = "Native CPU kernels of kvwise; use kvwise.kernels, not this module.";
     m.def("instruction_sets", &kvwise::instruction_sets);
     m.def("advise_huge_pages", &kvwise::advise_huge_pages);
+    m.def("read_memory", &kvwise::read_memory);
     kvwise::bind_attend(m);
     kvwise::bind_rows(m);
 }

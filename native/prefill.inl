@@ -320,4 +320,17 @@ void narrow(Storage storage, const float* source, void* target, int64_t n) {
     }
 }
 
+float read_floats(const float* source, int64_t n) {
+    Vec sums[8];
+    for (Vec& sum : sums) sum = zero();
+    int64_t i = 0;
+    for (; i + 8 * Vec::kLanes <= n; i += 8 * Vec::kLanes) {
+        for (int v = 0; v < 8; ++v) sums[v] = sums[v] + load(source + i + v * Vec::kLanes);
+    }
+    for (int v = 1; v < 8; ++v) sums[0] = sums[0] + sums[v];
+    float sum = reduce_add(sums[0]);
+    for (; i < n; ++i) sum += source[i];
+    return sum;
+}
+
 }  // namespace

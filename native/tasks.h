@@ -130,6 +130,8 @@ struct InstructionSet {
     void (*prefill_mass)(const PrefillMassTask&);
     // Round n float32 values to the storage type.
     void (*narrow)(Storage, const float* source, void* target, int64_t n);
+    // Read n floats and nothing else: what memory can deliver at most. Returns their sum.
+    float (*read)(const float* source, int64_t n);
 };
 
 }  // namespace kvwise

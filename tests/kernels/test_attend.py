@@ -49,7 +49,11 @@ def assert_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], tolerance
     for name, x, y in zip(("out", "lse", "mass"), found, wanted, strict=True):
         if y is not None:
             torch.testing.assert_close(
-                x.double().flatten(), y.double().flatten(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+                x.double().flatten(),
+                y.double().flatten(),
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda m, n=name: f"{n}: {m}",
             )
 
 
@@ -75,7 +79,13 @@ SHAPES = [(20, 20), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (192, 
 def test_native_head_shapes(dims: tuple[int, int], group: int, kernels: str) -> None:
     dtype = [torch.float32, torch.bfloat16, torch.float16][(dims[0] + group) % 3]
     case = Case(
-        queries=(1, 1, 40, 2), past=(200, 3, 90, 15), group=group, key_dim=dims[0], value_dim=dims[1], dtype=dtype, seed=group
+        queries=(1, 1, 40, 2),
+        past=(200, 3, 90, 15),
+        group=group,
+        key_dim=dims[0],
+        value_dim=dims[1],
+        dtype=dtype,
+        seed=group,
     )
     problem = make(case.with_(per_head=group % 2 == 0))
     assert_same(attend(kernels_for(CPU, kernels), problem), attend(kernels_for(CPU, "reference"), problem))
@@ -88,7 +98,9 @@ def test_native_prefill_chunks(dtype: torch.dtype, per_head: bool, kernels: str)
     case = PREFILL.with_(dtype=dtype, per_head=per_head, mass_rows=(70, 1, 0, 50), num_heads=1, group=3)
     for window, softcap in ((None, None), (50, None), (None, 5.0)):
         problem = make(case.with_(window=window, softcap=softcap))
-        assert_same(attend(kernels_for(CPU, kernels), problem), attend(kernels_for(CPU, "reference"), problem))
+        assert_same(
+            attend(kernels_for(CPU, kernels), problem), attend(kernels_for(CPU, "reference"), problem)
+        )
 
 
 @pytest.mark.parametrize("kernels", NATIVE)
@@ -122,7 +134,13 @@ def test_segments_merge_to_one(queries: int, kernels: str) -> None:
     assert whole.mass is not None
     mass = whole.mass.clone()
     parts = [
-        dataclasses.replace(whole, tables=whole.tables[:, :3], lengths=torch.tensor([48], dtype=torch.int32), causal=False, mass=mass),
+        dataclasses.replace(
+            whole,
+            tables=whole.tables[:, :3],
+            lengths=torch.tensor([48], dtype=torch.int32),
+            causal=False,
+            mass=mass,
+        ),
         dataclasses.replace(whole, tables=whole.tables[:, 3:], lengths=whole.lengths - 48, mass=mass),
     ]
     out, lse = chosen.attend(problem.queries, problem.query_start, parts, **problem.options)  # type: ignore[arg-type]
@@ -157,14 +175,18 @@ def test_extreme_logits(kernels: str) -> None:
     found = attend(kernels_for(CPU, kernels), problem)
     wanted = dense(problem)
     assert all(torch.isfinite(x).all() for x in found if x is not None)
-    assert_same(found[1:2], wanted[1:2], 1e-4) if False else torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-2)
+    assert_same(found[1:2], wanted[1:2], 1e-4) if False else torch.testing.assert_close(
+        found[1].double(), wanted[1], rtol=1e-5, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("kernels", available_kernels(CPU))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_queries(dtype: torch.dtype, kernels: str) -> None:
     problem = make(Case(queries=(1, 30), past=(100, 100), dtype=dtype))
-    wanted = attend(kernels_for(CPU, "reference"), dataclasses.replace(problem, queries=problem.queries.to(dtype).float()))
+    wanted = attend(
+        kernels_for(CPU, "reference"), dataclasses.replace(problem, queries=problem.queries.to(dtype).float())
+    )
     problem.queries = problem.queries.to(dtype)
     found = attend(kernels_for(CPU, kernels), problem)
     assert found[0].dtype == dtype
@@ -227,7 +249,18 @@ def test_long_mass_prefill_needs_no_matrix(kernels: str) -> None:
     if kernels == "cpu-generic" and len(NATIVE) > 1:
         pytest.skip("same code as the faster sets; only they have time for it")
     tokens = 8192
-    problem = make(Case(queries=(tokens,), past=(0,), num_heads=1, group=1, key_dim=16, value_dim=16, num_layers=1, layer=0))
+    problem = make(
+        Case(
+            queries=(tokens,),
+            past=(0,),
+            num_heads=1,
+            group=1,
+            key_dim=16,
+            value_dim=16,
+            num_layers=1,
+            layer=0,
+        )
+    )
     chosen = kernels_for(CPU, kernels)
     attend(chosen, make(BASE))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -30,7 +30,11 @@ class DenseBatch:
     ) -> Tensor:
         self.queries[layer] = queries.clone()
         parts = zip(
-            self.rows, queries.split(self.counts), keys.split(self.counts), values.split(self.counts), strict=True
+            self.rows,
+            queries.split(self.counts),
+            keys.split(self.counts),
+            values.split(self.counts),
+            strict=True,
         )
         return torch.cat([self._one(layer, *part, scale, window, softcap) for part in parts])
 

@@ -72,6 +72,7 @@ class SequenceTables:
         """Free the row; its blocks must have been dropped."""
         self.live[row] = False
         self.num_blocks[row] = 0
+        self.capacity[row] = 0  # so that a commit to it is refused
         self.keys[row] = None
         self._free.append(row)
 

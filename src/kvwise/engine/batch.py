@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from kvwise.engine.scheduler import Scheduled
 from kvwise.kernels.base import Kernels
 from kvwise.models.attention import BlockPart, Part, StepBatch
 from kvwise.tiers.arena import Arena
+
+Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class BatchBuilder:
             [order[i] for i in sampled],
         )
 
-    def _tensor(self, array: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+    def _tensor(self, array: Int64) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
     def _block_part(self, items: Sequence[Scheduled], num_rows: int) -> BlockPart:
@@ -90,7 +93,7 @@ class BatchBuilder:
             observer=self._placement.observer([(s.sequence, s.num_tokens) for s in items]),
         )
 
-    def _start_columns(self, blocks: np.ndarray, positions: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _start_columns(self, blocks: Int64, positions: Int64) -> None:
         """New tokens have their position and have received no attention yet, in all layers and heads."""
         size = self._arena.layout.block_size
         where = (self._tensor(blocks), slice(None), self._tensor(positions % size))
@@ -101,14 +104,14 @@ class BatchBuilder:
             self._arena.by_block("mass")[where] = 0.0
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _ranges(starts: Int64, counts: Int64) -> Int64:
     """starts[0], starts[0] + 1, ... for counts[0] values, then the next: int64."""
     ends = np.cumsum(counts)
     inside = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-    return (np.repeat(starts, counts) + inside).astype(np.int64)
+    return np.asarray(np.repeat(starts, counts) + inside, dtype=np.int64)
 
 
-def _tokens_and_positions(order: Sequence[Scheduled]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _tokens_and_positions(order: Sequence[Scheduled]) -> tuple[Int64, Int64]:
     tokens: list[int] = []
     for item in order:
         start = item.sequence.num_computed

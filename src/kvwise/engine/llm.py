@@ -27,7 +27,12 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | LoadedModel, strategy: str | Strategy = "full+prefix", *, dtype: str = "auto", **settings: Any
+        self,
+        model: str | LoadedModel,
+        strategy: str | Strategy = "full+prefix",
+        *,
+        dtype: str = "auto",
+        **settings: Any,
     ) -> None:
         config = EngineConfig(**settings)
         chosen = parse(strategy) if isinstance(strategy, str) else strategy
@@ -35,7 +40,9 @@ class LLM:
         self.engine = Engine(loaded, chosen, config)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer all prompts (text or token ids), batched; outputs in the order of prompts, then of samples."""
         many = _as_list(prompts)

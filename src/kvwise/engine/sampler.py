@@ -122,16 +122,14 @@ def sample(logits: Tensor, sequences: Sequence[SequenceSampler]) -> list[Sampled
     if not sequences:
         return []
     if all(sequence.plain for sequence in sequences):
-        best, tokens = logits.max(dim=1)
+        best, most_likely = logits.max(dim=1)
         return [
             Sampled(token, None) if good else _failure(row)
-            for row, (token, good) in enumerate(zip(tokens.tolist(), best.isfinite().tolist(), strict=True))
+            for row, (token, good) in enumerate(zip(most_likely.tolist(), best.isfinite().tolist(), strict=True))
         ]
     tokens, good = _choose(_adjusted(logits, sequences), sequences)
     logprobs = _logprobs(logits, tokens, sequences)
-    return [
-        Sampled(token, logprobs.get(row)) if good[row] else _failure(row) for row, token in enumerate(tokens)
-    ]
+    return [Sampled(token, logprobs.get(row)) if good[row] else _failure(row) for row, token in enumerate(tokens)]
 
 
 def _adjusted(logits: Tensor, sequences: Sequence[SequenceSampler]) -> Tensor:
@@ -183,9 +181,9 @@ def _draw(logits: Tensor, sequences: Sequence[SequenceSampler]) -> list[int]:
 
 
 def _limit(scaled: Tensor, k: Tensor, p: Tensor, width: int) -> Tensor:
-    """Forbids all but the k best of each row, and of those all but the fewest that hold a share p (both [R, 1]).
+    """Forbids all but the k best of each row, and of those all but the fewest that hold a share p.
 
-    Looks at the `width` best (or k, if more); where the share p reaches beyond, once more at all.
+    k and p are [R, 1]. Looks at the `width` best (or k, if more); where p reaches beyond, once more at all.
     """
     num_tokens = scaled.shape[1]
     has_k = k < num_tokens
@@ -203,9 +201,7 @@ def _limit(scaled: Tensor, k: Tensor, p: Tensor, width: int) -> Tensor:
     return allowed.scatter_(1, ids, values.masked_fill(~keep, float("-inf")))
 
 
-def _logprobs(
-    logits: Tensor, tokens: Sequence[int], sequences: Sequence[SequenceSampler]
-) -> dict[int, TokenLogprob]:
+def _logprobs(logits: Tensor, tokens: Sequence[int], sequences: Sequence[SequenceSampler]) -> dict[int, TokenLogprob]:
     """Raw log-probabilities of the chosen and the most likely tokens, for the rows that asked."""
     asked = {row: top for row, one in enumerate(sequences) if (top := one.params.logprobs) is not None}
     if not asked:
@@ -222,9 +218,7 @@ def _logprobs(
 
 
 def _failure(row: int) -> RequestError:
-    return RequestError(
-        f"no token can be chosen (row {row}): the logits are not finite, or every token is forbidden"
-    )
+    return RequestError(f"no token can be chosen (row {row}): the logits are not finite, or every token is forbidden")
 
 
 def _ids(tokens: Sequence[int], device: torch.device | str) -> Tensor:

@@ -63,4 +63,6 @@ def _scan(package: ModuleType) -> list[type[Method]]:
 
 
 def _is_method_of(value: object, module: ModuleType) -> bool:
-    return isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__ and "name" in vars(value)
+    return (
+        isclass(value) and issubclass(value, Method) and value.__module__ == module.__name__ and "name" in vars(value)
+    )

@@ -105,7 +105,13 @@ class BlockPart:
         layout = self.arena.layout
         stride, offset = layout.pages_per_block, layout.page_offset(layer)
         self.kernels.append(
-            keys, values, self.arena.keys, self.arena.values, self.slots, page_stride=stride, page_offset=offset
+            keys,
+            values,
+            self.arena.keys,
+            self.arena.values,
+            self.slots,
+            page_stride=stride,
+            page_offset=offset,
         )
         segment = Segment(
             self.arena.keys,
@@ -119,9 +125,7 @@ class BlockPart:
         )
         if self.observer is not None:
             self.observer.observe(layer, queries, keys)
-        found = self.kernels.attend(
-            queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap
-        )
+        found = self.kernels.attend(queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap)
         return found.out
 
 

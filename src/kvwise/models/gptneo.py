@@ -35,13 +35,12 @@ class BatchSlot:
 class HookedSelfAttention(nn.Module):
     """GPT-Neo's self attention through the hook: global, or local over a window of 256 tokens; scale 1.0."""
 
-    def __init__(self, inner: nn.Module, slot: BatchSlot) -> None:
+    def __init__(self, inner: Any, slot: BatchSlot) -> None:
         super().__init__()
-        config: Any = inner.config
-        self.layer_idx: int = inner.layer_id  # type: ignore[assignment]
-        self.num_heads: int = inner.num_heads  # type: ignore[assignment]
-        self.head_dim: int = inner.head_dim  # type: ignore[assignment]
-        self.window: int | None = config.window_size if inner.attention_type == "local" else None
+        self.layer_idx: int = inner.layer_id
+        self.num_heads: int = inner.num_heads
+        self.head_dim: int = inner.head_dim
+        self.window: int | None = inner.config.window_size if inner.attention_type == "local" else None
         self.q_proj, self.k_proj, self.v_proj = inner.q_proj, inner.k_proj, inner.v_proj
         self.out_proj = inner.out_proj
         self.slot = slot

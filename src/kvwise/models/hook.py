@@ -1,6 +1,6 @@
 """The hook into transformers: one attention function under one name, and the forward pass of a flat batch.
 
-Nothing of transformers is patched. `register` registers `attention` through the public `AttentionInterface`; a
+Nothing of transformers is patched: `register` makes `attention` known to the public `AttentionInterface`. A
 model switched to it hands every layer's queries, keys and values (rotated, not repeated for GQA) to the
 `batch` object that was given to `model(...)` as an extra keyword. The flat batch is one row [1, T] that holds
 the new tokens of all sequences one after another; positions restart inside it, and causality is the batch's

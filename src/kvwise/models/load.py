@@ -17,7 +17,7 @@ from kvwise.models.checkpoint import Checkpoint, open_checkpoint
 from kvwise.models.config import one_line, read_config
 from kvwise.models.loaded import LoadedModel
 from kvwise.models.precision import choose_dtype
-from kvwise.models.probe import probe
+from kvwise.models.probe import probe, vocab_size
 from kvwise.models.quiet import quiet
 from kvwise.models.support import ARCHITECTURES, tiny_config
 from kvwise.models.text import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
@@ -85,8 +85,8 @@ def _load_random(
         model = random.build(config, seed, check_size=lambda num: _check_fits(name, num, chosen, device))
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UsageError(f"no model can be built from the config of {name}: {one_line(error)}") from error
-    model = model.to(device=device, dtype=chosen)
-    tokenizer = ByteTokenizer(model.get_input_embeddings().weight.shape[0])
+    model = _moved(model, device, chosen)
+    tokenizer = ByteTokenizer(vocab_size(model))
     return _finish(name, random.revision(config, seed), model, tokenizer)
 
 
@@ -98,7 +98,7 @@ def _load_folder(
     before = checkpoint.stamps()
     chosen = choose_dtype(dtype, getattr(config, "dtype", None) or torch.float32, device)
     _check_fits(name, checkpoint.num_elements, chosen, device)
-    model = _read_weights(checkpoint, config, chosen, trust_remote_code).to(device)
+    model = _moved(_read_weights(checkpoint, config, chosen, trust_remote_code), device, chosen)
     tokenizer = _tokenizer(checkpoint, model, trust_remote_code)
     revision = commit or checkpoint.fingerprint()
     if checkpoint.stamps() != before:
@@ -109,9 +109,10 @@ def _load_folder(
 def _read_weights(
     checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
+    auto: Any = AutoModelForCausalLM
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
@@ -127,7 +128,14 @@ def _read_weights(
             f"{checkpoint.folder} lacks {len(missing)} weights its config asks for, such as {missing[0]}:"
             " config and weights do not belong together"
         )
-    return model.eval()  # type: ignore[no-any-return]
+    ready: PreTrainedModel = model.eval()
+    return ready
+
+
+def _moved(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    untyped: Any = model
+    moved: PreTrainedModel = untyped.to(device=device, dtype=dtype)
+    return moved
 
 
 def _download(name: str, trust_remote_code: bool) -> tuple[Path, str]:
@@ -154,19 +162,19 @@ def _download(name: str, trust_remote_code: bool) -> tuple[Path, str]:
 
 
 def _tokenizer(checkpoint: Checkpoint, model: PreTrainedModel, trust_remote_code: bool) -> Tokenizer:
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    num_ids = vocab_size(model)
     if not checkpoint.has_tokenizer:
         _log.warning("%s has no tokenizer: text is read and written as UTF-8 bytes", checkpoint.folder)
-        return ByteTokenizer(vocab_size)
+        return ByteTokenizer(num_ids)
     try:
         with quiet():
             inner = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer files are parsed by several libraries
         raise UsageError(f"the tokenizer in {checkpoint.folder} cannot be read: {one_line(error)}") from error
     largest = max(inner.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
+    if largest >= num_ids:
         raise UsageError(
-            f"the tokenizer in {checkpoint.folder} has ids up to {largest}, the model embeds {vocab_size}:"
+            f"the tokenizer in {checkpoint.folder} has ids up to {largest}, the model embeds {num_ids}:"
             " they do not belong together"
         )
     return HuggingFaceTokenizer(inner)
@@ -188,6 +196,7 @@ def _check_fits(name: str, num_elements: int, dtype: torch.dtype, device: torch.
 def _finish(name: str, revision: str, model: PreTrainedModel, tokenizer: Tokenizer) -> LoadedModel:
     layers = probe(model, lambda: _install(model), name)
     config: Any = model.config.get_text_config()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
     return LoadedModel(
         name=name,
@@ -200,7 +209,7 @@ def _finish(name: str, revision: str, model: PreTrainedModel, tokenizer: Tokeniz
         num_kv_heads=layers[0].num_kv_heads,
         num_query_heads=layers[0].num_query_heads,
         head_dim=layers[0].head_dim,
-        vocab_size=model.get_output_embeddings().weight.shape[0],
+        vocab_size=int(head.weight.shape[0]),
         max_model_len=_max_model_len(config, name),
         eos_token_ids=_eos(model),
         weight_bytes=sum(parameter.nbytes for parameter in parameters),

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 def choose_dtype(asked: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
     """The format to compute in: `auto` is the checkpoint's where `device` is fast at it, else float32.
 
-    Falling back to float32 is said once. A format asked for by name that the device is slow at is refused (UsageError).
+    Falling back to float32 is logged. A format asked for by name that the device is slow at is a UsageError.
     """
     if asked == "auto":
         if computes_fast(checkpoint, device):
@@ -40,8 +40,8 @@ def choose_dtype(asked: str, checkpoint: torch.dtype, device: torch.device) -> t
     chosen = DTYPES[asked]
     if not computes_fast(chosen, device):
         raise UsageError(
-            f"dtype={asked!r}: this CPU computes {_name(chosen)} about 100 times slower than float32: use float32"
-            " (the KV can still be stored in half precision)"
+            f"dtype={asked!r}: this CPU computes {_name(chosen)} about 100 times slower than float32:"
+            " use float32 (the KV can still be stored in half precision)"
         )
     return chosen
 

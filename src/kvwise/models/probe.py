@@ -54,14 +54,20 @@ class ProbeBatch:
         )
         self.calls.append((layer, seen))
         parts = zip(
-            queries.split(self._lengths), keys.split(self._lengths), values.split(self._lengths), strict=True
+            *(torch.split(tensor, list(self._lengths)) for tensor in (queries, keys, values)), strict=True
         )
         return torch.cat([_dense(q, k, v, scale, window, softcap) for q, k, v in parts])
 
 
+def vocab_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: the token ids the model can read."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
 def probe(model: PreTrainedModel, install: Callable[[], None], name: str) -> tuple[LayerAttention, ...]:
     """Compares `model` before and after `install` hooked it: its layers, or UnsupportedModel."""
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = vocab_size(model)
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randint(vocab, (length,), generator=generator).to(model.device) for length in LENGTHS]
     try:
@@ -69,15 +75,7 @@ def probe(model: PreTrainedModel, install: Callable[[], None], name: str) -> tup
             plain = [model(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences]
             install()
             batch, logits = _run_hooked(model, sequences)
-    except (
-        TypeError,
-        AttributeError,
-        KeyError,
-        ValueError,
-        RuntimeError,
-        IndexError,
-        NotImplementedError,
-    ) as error:
+    except Exception as error:  # somebody's model code, called in a way it may not know
         raise UnsupportedModel(f"{_hooked(model, name)}: {_first_line(error)}") from error
     layers = _check_calls(model, name, batch)
     difference = float((torch.cat(plain) - logits).abs().max() / torch.cat(plain).abs().max().clamp_min(1e-6))
@@ -119,15 +117,15 @@ def _check_calls(model: PreTrainedModel, name: str, batch: ProbeBatch) -> tuple[
     num_layers, called = config.num_hidden_layers, [layer for layer, _ in batch.calls]
     if called != list(range(num_layers)):
         raise UnsupportedModel(
-            f"{_hooked(model, name)}: {len(set(called))} of its {num_layers} layers called the hook; the others"
-            " keep attention or state of their own. docs/models.md lists what works"
+            f"{_hooked(model, name)}: {len(set(called))} of its {num_layers} layers called the hook; the"
+            " others keep attention or state of their own. docs/models.md lists what works"
         )
     layers = tuple(seen for _, seen in batch.calls)
     shapes = {(layer.num_query_heads, layer.num_kv_heads, layer.head_dim) for layer in layers}
     if len(shapes) > 1 or batch.value_dims != {layers[0].head_dim}:
         raise UnsupportedModel(
-            f"{_hooked(model, name)}: its layers or its keys and values differ in shape (query heads, KV heads,"
-            f" head dim: {sorted(shapes)}; value dims {sorted(batch.value_dims)}); kvwise pages hold one shape"
+            f"{_hooked(model, name)}: pages hold one shape, its layers (query heads, KV heads, head dim)"
+            f" have {sorted(shapes)} and values of {sorted(batch.value_dims)}"
         )
     return layers
 

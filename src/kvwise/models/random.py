@@ -8,6 +8,7 @@ evicting them shows), and the output head is wide enough that the best token lea
 import hashlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,16 +82,18 @@ def build(config: PreTrainedConfig, seed: int, check_size: Callable[[int], None]
 
     `check_size` is given the number of parameters before memory is taken, and may raise.
     """
+    auto: Any = AutoModelForCausalLM
     with quiet():
         with torch.device("meta"):
-            shell = AutoModelForCausalLM.from_config(config)
+            shell = auto.from_config(config)
         check_size(shell.num_parameters())
         # Norms are left out: transformers gives them their neutral value, which is not always 1.
         weights = _draw_all(shell, torch.Generator().manual_seed(seed))
-        model: PreTrainedModel = type(shell).from_pretrained(
+        built = type(shell).from_pretrained(
             None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation="eager"
         )
-    return model.eval()
+    model: PreTrainedModel = built.eval()
+    return model
 
 
 def revision(config: PreTrainedConfig, seed: int) -> str:
@@ -100,7 +103,8 @@ def revision(config: PreTrainedConfig, seed: int) -> str:
 
 
 def _draw_all(shell: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
-    embedding, head = shell.get_input_embeddings(), shell.get_output_embeddings()
+    embedding: Any = shell.get_input_embeddings()
+    head: Any = shell.get_output_embeddings()  # type: ignore[no-untyped-call]
     tied = head.weight is embedding.weight
     width = embedding.weight.shape[1]
     token_std = _HEAD_GAIN * width**-0.5 if tied else 1.0

@@ -35,8 +35,8 @@ def _row(
     return model_type, Architecture(model_type, name, positions, window, route, notes, MappingProxyType(tiny))
 
 
-_GPT2_SHAPE = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512}
-_NEO_SHAPE = {
+_GPT2_SHAPE: dict[str, Any] = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512}
+_NEO_SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "num_layers": 4,
     "num_heads": 4,
@@ -122,7 +122,39 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     common = {} if model_type in _OWN_SHAPE else _COMMON
     # Untied: a random model with tied embeddings repeats its last token.
     fields = {**common, **row.tiny, "vocab_size": TINY_VOCAB, "tie_word_embeddings": False}
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type](
-        **fields, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD
-    )
+    build: Any = CONFIG_MAPPING[model_type]
+    config: PreTrainedConfig = build(**fields, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     return config
+
+
+_PAGE = """# Models
+
+Every causal language model of transformers that takes its attention from the public attention interface can
+be loaded. Each is probed when it is: refused, with a reason, where the hook does not see all that its
+attention does (position biases, attention sinks, state-space layers, attention of its own). The architectures
+below are tested: one flat pass of prefill and decode agrees with plain transformers. A small random
+model of each is built by `random:<model type>-tiny`.
+
+| model type | models | positions | sliding window | route | notes |
+|---|---|---|---|---|---|
+{rows}
+
+Refused: encoder-decoders, quantised checkpoints, weights that come only as pickles, checkpoints that need
+their own Python code (unless `--trust-remote-code`), and architectures other than GPT-Neo with an attention
+table of their own: GPT-J, Falcon, BLOOM, MPT.
+
+This page is made by `python -m kvwise.models.support`; a test compares the two.
+"""
+
+
+def document() -> str:
+    """The text of docs/models.md."""
+    cells = (
+        (f"`{row.model_type}`", row.name, row.positions, row.window, row.route, row.notes)
+        for row in ARCHITECTURES.values()
+    )
+    return _PAGE.format(rows="\n".join(f"| {' | '.join(row)} |" for row in cells))
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -168,9 +168,10 @@ class StopStrings:
         if not self._stops or self.found is not None:
             return piece if self.found is None else ""
         text = self._held + piece
-        hits = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
-            at, _, self.found = min(hits)  # the earliest; of several there, the longest
+            # The first to be complete (of several, the longest): so the pieces make no difference.
+            _, at, self.found = min(hits)
             self._held = ""
             return text[:at]
         num_held = max(_overlap(text, stop) for stop in self._stops)

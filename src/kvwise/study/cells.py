@@ -128,7 +128,14 @@ def _quality_cells(block: Block, quality: Quality) -> Iterator[Cell]:
     for model, context in product(block.models, block.context_lengths):
         for text, framework, budget in _filled(block):
             yield Cell(
-                CellKind.QUALITY, "agreement", model, text, framework, budget, context=context, quality=quality
+                CellKind.QUALITY,
+                "agreement",
+                model,
+                text,
+                framework,
+                budget,
+                context=context,
+                quality=quality,
             )
 
 
@@ -164,12 +171,16 @@ def _filled(block: Block) -> Iterator[tuple[str, str, float | None]]:
     for template in block.strategies:
         unknown = set(re.findall(r"\{([^{}]*)\}", template)) - {"budget"}
         if unknown:
-            raise PlanError(f"block {block.name!r}: strategy {template!r}: only {{budget}} can be filled in, not {unknown}")
+            raise PlanError(
+                f"block {block.name!r}: strategy {template!r}: only {{budget}} can be filled in, not {unknown}"
+            )
         if "{budget}" not in template:
             yield template, template, _own_budget(template)
             continue
         if not block.budgets:
-            raise PlanError(f"block {block.name!r}: strategy {template!r} needs budgets; add `budgets = [0.2]`")
+            raise PlanError(
+                f"block {block.name!r}: strategy {template!r} needs budgets; add `budgets = [0.2]`"
+            )
         for budget in block.budgets:
             yield template.replace("{budget}", f"{budget:g}"), framework_of(template), budget
 

@@ -11,7 +11,9 @@ from kvwise.core.params import SamplingParams
 from kvwise.study.face import EngineFace
 from kvwise.study.workloads import Job
 
-MAX_CLOSING_STEPS = 100  # an engine that still owes outputs after so many steps behind an abort will never pay
+MAX_CLOSING_STEPS = (
+    100  # an engine that still owes outputs after so many steps behind an abort will never pay
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class _Driver:
         self._waiting = list(range(len(jobs)))
         self._running: dict[str, int] = {}
         self._ended: dict[int, float] = {}
+        self._last_seen = 0.0
         self._out = Drive(pace.clock.now())
 
     def run(self) -> Drive:
@@ -107,7 +110,9 @@ class _Driver:
         return min(ready for i in self._waiting if (ready := self._ready(i)) is not None)
 
     def _send_due(self, now: float) -> None:
-        room = len(self._jobs) if self._pace.concurrency is None else self._pace.concurrency - len(self._running)
+        room = (
+            len(self._jobs) if self._pace.concurrency is None else self._pace.concurrency - len(self._running)
+        )
         due = [(ready, i) for i in self._waiting if (ready := self._ready(i)) is not None and ready <= now]
         for ready, index in sorted(due)[: max(room, 0)]:
             self._waiting.remove(index)
@@ -159,12 +164,10 @@ class _Driver:
     def _sample(self, now: float) -> None:
         """Peaks and means see every step, the curves one in `sample_every_s`."""
         out, stats = self._out, self._engine.stats()
-        since = now - self._last_seen if out.samples else 0.0
+        since = now - self._last_seen
         for tier, used in stats.kv_bytes.items():
             out.peak_bytes[tier] = max(used, out.peak_bytes.get(tier, 0))
             out.byte_seconds[tier] = out.byte_seconds.get(tier, 0.0) + used * since
         self._last_seen = now
         if not out.samples or now - out.samples[-1].time >= self._pace.sample_every_s:
             out.samples.append(Sample(now, stats, self._pace.resident_bytes()))
-
-    _last_seen = 0.0

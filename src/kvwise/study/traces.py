@@ -52,7 +52,9 @@ def trace_prompt(
     sizes = np.full(len(request.hash_ids), block_size)
     sizes[-1] = request.input_length - block_size * (len(sizes) - 1)
     parts = [
-        np.random.default_rng((seed, 0, hash_id)).integers(0, vocab_size, size=max(1, round(size * length_scale)))
+        np.random.default_rng((seed, 0, hash_id)).integers(
+            0, vocab_size, size=max(1, round(size * length_scale))
+        )
         for hash_id, size in zip(request.hash_ids, sizes, strict=True)
     ]
     return np.concatenate(parts)
@@ -61,7 +63,7 @@ def trace_prompt(
 def _from_csv(path: Path, limit: int | None) -> list[TraceRequest]:
     columns = read_columns(path, ("arrival_s", "input_tokens", "output_tokens"))
     rows = zip(*columns.values(), strict=True)
-    out = []
+    out: list[TraceRequest] = []
     for line, (arrival, tokens_in, tokens_out) in enumerate(rows, start=2):
         if limit is not None and len(out) == limit:
             break

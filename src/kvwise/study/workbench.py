@@ -88,7 +88,9 @@ class Workbench:
 
     def _load(self, model: str) -> LoadedModel:
         if model not in self._held:
-            loaded = load_model(model, dtype=self._plan.dtype, device=self._plan.engine.device, seed=self._plan.seed)
+            loaded = load_model(
+                model, dtype=self._plan.dtype, device=self._plan.engine.device, seed=self._plan.seed
+            )
             room = psutil.virtual_memory().total * HELD_SHARE - loaded.weight_bytes
             while self._held and sum(held.weight_bytes for held in self._held.values()) > room:
                 del self._held[next(iter(self._held))]
@@ -112,7 +114,9 @@ class Workbench:
         finally:
             engine.close()
 
-    def _generate_plain(self, model: str, cached: bool, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
+    def _generate_plain(
+        self, model: str, cached: bool, prompt: Sequence[int], output_tokens: int
+    ) -> OnOffRun:
         plain = self._plain_model(model)
         ids = torch.tensor([list(prompt)])
         stamp = _FirstToken(self.clock)
@@ -124,7 +128,6 @@ class Workbench:
                 do_sample=False,
                 use_cache=cached,
                 max_new_tokens=output_tokens,
-                min_new_tokens=output_tokens,
                 streamer=stamp,
             )
         total = self.clock.now() - start
@@ -140,7 +143,9 @@ class Workbench:
                 if name in RANDOM_MODELS:
                     self._plain[model] = build(RANDOM_MODELS[name](), self._plan.seed)
                 else:
-                    self._plain[model] = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+                    self._plain[model] = AutoModelForCausalLM.from_pretrained(
+                        model, dtype=torch.float32
+                    ).eval()
         return self._plain[model]
 
 

@@ -19,7 +19,12 @@ class Arena:
     """
 
     def __init__(
-        self, layout: KVLayout, num_blocks: int, dtype: torch.dtype, device: torch.device, columns: Iterable[str] = ()
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        columns: Iterable[str] = (),
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
@@ -27,9 +32,7 @@ class Arena:
         shape = (num_pages, layout.block_size, layout.head_dim)
         self.keys = allocate(shape, dtype, device)
         self.values = allocate(shape, dtype, device)
-        self.columns: dict[str, Tensor] = {
-            name: allocate(shape[:2], COLUMN_DTYPES[name], device) for name in columns
-        }
+        self.columns: dict[str, Tensor] = {name: allocate(shape[:2], COLUMN_DTYPES[name], device) for name in columns}
 
     @property
     def num_bytes(self) -> int:

@@ -46,9 +46,7 @@ def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, c
     if unknown:
         raise UsageError(f"no link is called {unknown[0]!r}; links: {', '.join(LINKS)}")
     dtype = kv_dtype(loaded, config)
-    layout = KVLayout(
-        loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, config.block_size, dtype.itemsize
-    )
+    layout = KVLayout(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, config.block_size, dtype.itemsize)
     retention, selection = strategy.retention, strategy.selection
     assert isinstance(retention, Retention) and isinstance(selection, Selection)
     limited = retention.capacity(1) is not None
@@ -106,9 +104,7 @@ def _recall(
             f"{selection.name} cannot serve {loaded.name} beyond its sliding window of {min(windows)} tokens: "
             f"set max_model_len to at most {min(windows)}, or use another strategy"
         )
-    shape = IndexShape(
-        layout.num_layers, loaded.num_query_heads, layout.num_kv_heads, layout.head_dim, loaded.device
-    )
+    shape = IndexShape(layout.num_layers, loaded.num_query_heads, layout.num_kv_heads, layout.head_dim, loaded.device)
     index = selection.index(shape)
     calibrate(loaded, index, layout, kernels)
     cpu = torch.device("cpu")

@@ -26,7 +26,9 @@ class PagePlacement:
     looks_ahead = False
     forks = True
 
-    def __init__(self, retention: Retention, cache: CacheManager, arena: Arena, kernels: Kernels, max_rows: int) -> None:
+    def __init__(
+        self, retention: Retention, cache: CacheManager, arena: Arena, kernels: Kernels, max_rows: int
+    ) -> None:
         self._retention = retention
         self._cache = cache
         self._arena = arena
@@ -170,9 +172,7 @@ class PagePlacement:
         columns = {name: c[tables].flatten(-2) for name, c in self._arena.columns.items()}
         in_use = torch.arange(num_pages * size, device=self._device) < used[..., None]
         num_tokens = torch.tensor([s.num_computed for s in sequences], device=self._device)
-        return DecodeView(
-            columns["positions"], columns.get("mass"), in_use, num_tokens, self._capacity[index].long()
-        )
+        return DecodeView(columns["positions"], columns.get("mass"), in_use, num_tokens, self._capacity[index].long())
 
     # -- the rest -----------------------------------------------------------------------------------------------
 

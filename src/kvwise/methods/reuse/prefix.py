@@ -8,7 +8,7 @@ from kvwise.core.method import Axis, Method, Trait
 
 @dataclass(frozen=True)
 class Prefix(Method):
-    """Automatic prefix caching. Blocks are shared between requests whose tokens, salt and model are equal up to them."""
+    """Automatic prefix caching: requests share the blocks up to which their tokens, salt and model are equal."""
 
     name: ClassVar[str] = "prefix"
     axis: ClassVar[Axis] = Axis.REUSE

@@ -51,7 +51,8 @@ class InfiniGen(Selection):
 
 def skew(queries: Tensor) -> Tensor:
     """The rotation [H, D, D] whose columns are the right singular vectors of queries [H, N, D], strongest first."""
-    return torch.linalg.svd(queries, full_matrices=False).Vh.transpose(-1, -2)
+    right: Tensor = torch.linalg.svd(queries, full_matrices=False).Vh
+    return right.transpose(-1, -2)
 
 
 @dataclass(slots=True)
@@ -75,8 +76,9 @@ class InfiniGenIndex(Index):
 
     def _grouped(self, queries: Tensor) -> Tensor:
         """[T, Hq, D] -> [H, T * G, D], float32."""
-        num_heads = self.shape.num_kv_heads
-        return queries.float().unflatten(1, (num_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
+        num_tokens, _, head_dim = queries.shape
+        grouped = queries.float().reshape(num_tokens, self.shape.num_kv_heads, -1, head_dim)
+        return grouped.permute(1, 0, 2, 3).flatten(1, 2)
 
     def calibrate(self, layer: int, queries: Tensor, keys: Tensor) -> None:
         """The skew of a layer, per KV head, from the queries of all query heads that read it."""

@@ -1,0 +1,116 @@
+"""`kvwise generate`: answer prompts with a model under a strategy."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from kvwise.core.config import parse_bytes, parse_link
+from kvwise.core.errors import RequestError, UsageError
+from kvwise.core.output import RequestOutput
+from kvwise.core.params import SamplingParams
+
+Memory = "Memory"
+Sampling = "Sampling"
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="Folder, hub id, config.json, or a random: name such as random:13m.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompt_ids: Annotated[list[str] | None, typer.Option(help="A prompt as token ids, such as 1,2,3.")] = None,
+    strategy: Annotated[str, typer.Option(help="Methods joined by +, see kvwise methods.")] = "full+prefix",
+    max_tokens: Annotated[int, typer.Option(rich_help_panel=Sampling)] = 64,
+    min_tokens: Annotated[int, typer.Option(rich_help_panel=Sampling)] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=Sampling)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: no limit.", rich_help_panel=Sampling)] = 0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=Sampling)] = 1.0,
+    min_p: Annotated[float, typer.Option(rich_help_panel=Sampling)] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(rich_help_panel=Sampling)] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(rich_help_panel=Sampling)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(rich_help_panel=Sampling)] = 1.0,
+    n: Annotated[int, typer.Option(help="Samples per prompt.", rich_help_panel=Sampling)] = 1,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=Sampling)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string.", rich_help_panel=Sampling)] = None,
+    stop_token_ids: Annotated[list[int] | None, typer.Option(rich_help_panel=Sampling)] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", rich_help_panel=Sampling)] = False,
+    logprobs: Annotated[int | None, typer.Option(help="With --json: top alternatives.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of memory for weights and KV, on a CPU too.")
+    ] = None,
+    kv_cache_memory_bytes: Annotated[str | None, typer.Option(help="Size of the KV pool, such as 512MiB.")] = None,
+    kv_offloading_size: Annotated[str | None, typer.Option(help="Size of the host tier, such as 4GiB.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 16,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 512,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens a request may have.")] = None,
+    enable_chunked_prefill: Annotated[bool, typer.Option()] = True,
+    link: Annotated[list[str] | None, typer.Option(help="Throttle, such as host:device=12GB/s.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Kernel family; default: the fastest here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per output.")] = False,
+) -> None:
+    """Answer prompts; text goes to standard output, what the methods did to standard error."""
+    if not prompt and not prompt_ids:
+        raise UsageError("no prompt: give --prompt TEXT or --prompt-ids 1,2,3")
+    params = SamplingParams(
+        n=n, max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_ids or ()), ignore_eos=ignore_eos, logprobs=logprobs,
+    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "device": device,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "kv_cache_memory_bytes": parse_bytes(kv_cache_memory_bytes) if kv_cache_memory_bytes else None,
+        "kv_offloading_bytes": parse_bytes(kv_offloading_size) if kv_offloading_size else None,
+        "kv_cache_dtype": kv_cache_dtype,
+        "block_size": block_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max_model_len,
+        "enable_chunked_prefill": enable_chunked_prefill,
+        "links": dict(parse_link(text) for text in link or ()),
+        "kernels": kernels,
+    }
+    ids = [_token_ids(text) for text in prompt_ids or ()]
+    # Bad options are refused above, before the seconds it takes to import torch and load a model.
+    from kvwise.engine.llm import LLM
+    from kvwise.methods.catalogue import parse
+    from kvwise.models.load import load_model
+
+    chosen = parse(strategy)
+    loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    with LLM(loaded, chosen, **settings) as llm:
+        outputs = llm.generate([*(prompt or ()), *ids], params)
+        _show(outputs, llm.engine.stats().links, as_json=as_json)
+    failed = next((o.error for o in outputs if o.error is not None), None)
+    if failed is not None:
+        raise RequestError(failed)
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise UsageError(f"--prompt-ids {text!r}: write token ids such as 1,2,3") from None
+
+
+def _show(outputs: list[RequestOutput], links: object, *, as_json: bool) -> None:
+    for output in outputs:
+        if as_json:
+            typer.echo(json.dumps({**asdict(output), "links": links}))
+            continue
+        typer.echo(output.text)
+        done = output.attestation
+        print(
+            f"[{output.request_id}.{output.index}] {done.strategy}: {len(output.prompt_token_ids)} prompt tokens "
+            f"({output.metrics.num_cached_tokens} cached), {len(output.token_ids)} new, "
+            f"finished by {output.finish_reason}; dropped {done.tokens_dropped}, fetched {done.tokens_fetched} "
+            f"of {done.fetch_candidates} (token, layer, head), freed {done.bytes_freed / 2**20:.1f} MiB",
+            file=sys.stderr,
+        )

@@ -1,0 +1,70 @@
+"""`kvwise`: the commands, and what becomes of their errors (one line, exit 2)."""
+
+import os
+import sys
+
+import click
+import typer
+
+from kvwise import __version__
+from kvwise.cli import generate, methods, study
+from kvwise.core.errors import KvwiseError, UsageError
+
+app = typer.Typer(
+    name="kvwise",
+    help="The KV cache of LLM inference: every published method on one paged engine, measured side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"auto_envvar_prefix": "KVWISE", "help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kvwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it and exit."),
+) -> None:
+    """The KV cache of LLM inference: every published method on one paged engine, measured side by side."""
+
+
+app.command("generate")(generate.generate)
+app.command("methods")(methods.methods)
+app.add_typer(study.app, name="study")
+
+
+def main() -> None:
+    """Run the command line. Exit 0: done; 2: the caller can mend it; 1: a fault of kvwise's; 130: interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit status; errors are one line on standard error."""
+    try:
+        result = app(arguments, prog_name="kvwise", standalone_mode=False)
+        return int(result) if isinstance(result, int) else 0
+    except UsageError as error:
+        return _say(str(error), 2)
+    except KvwiseError as error:
+        return _say(str(error), 1)
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _say(f"{error.format_message()} (see kvwise --help)", 2)
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has left: no more of it, and no complaint from the interpreter on the way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _say(message: str, status: int) -> int:
+    typer.echo(f"kvwise: {' '.join(message.split())}", err=True)
+    return status

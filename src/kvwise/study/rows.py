@@ -1,0 +1,306 @@
+"""The rows a study leaves: what each column is, and how a finished cell becomes rows."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from kvwise.core.output import RequestOutput
+from kvwise.study.cells import Cell
+from kvwise.study.face import ModelFacts, OnOffRun
+from kvwise.study.live import Drive
+from kvwise.study.quality import Agreement
+from kvwise.study.workloads import Job
+
+Row = dict[str, Any]
+
+_TEXT, _REAL, _WHOLE, _FLAG = pa.string(), pa.float64(), pa.int64(), pa.bool_()
+_COUNTS = pa.map_(_TEXT, _WHOLE)
+
+# Who measured what, and where: in every row of every table, so that a row can be told apart after any join.
+PROVENANCE = {
+    "kvwise_version": _TEXT,
+    "commit": _TEXT,
+    "torch_version": _TEXT,
+    "transformers_version": _TEXT,
+    "machine": _TEXT,
+    "threads": _WHOLE,
+    "seed": _WHOLE,
+    "plan_hash": _TEXT,
+    "recorded_at": _TEXT,
+}
+IDENTITY = {
+    "cell": _TEXT,
+    "kind": _TEXT,
+    "block": _TEXT,
+    "model": _TEXT,
+    "strategy": _TEXT,
+    "framework": _TEXT,
+    "budget": _REAL,
+    "request_rate": _REAL,  # requests per second; inf: all at once; null: the trace's own times
+    "concurrency": _WHOLE,  # null: no limit
+    "context": _WHOLE,
+    "memory": _TEXT,
+    "repeat": _WHOLE,
+    "workload": _TEXT,
+}
+_ATTESTED = ("tokens_seen", "tokens_computed", "tokens_reused", "tokens_dropped", "tokens_fetched",
+             "fetch_candidates", "bytes_freed", "bytes_fetched")  # fmt: skip
+TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
+    "cells": {
+        "status": _TEXT,  # done | failed
+        "reason": _TEXT,
+        "wall_s": _REAL,
+        "duration_s": _REAL,
+        "num_requests": _WHOLE,
+        "num_finished": _WHOLE,
+        "num_errors": _WHOLE,
+        "cut": _FLAG,  # the time limit ended the cell
+        "output_tokens": _WHOLE,  # all that were produced, also by requests that were cut
+        "prompt_tokens": _WHOLE,  # of requests that finished
+        "num_preemptions": _WHOLE,
+        "prefix_queries": _WHOLE,
+        "prefix_hits": _WHOLE,
+        "pool_bytes": _WHOLE,
+        "blocks_total": _WHOLE,
+        "peak_kv_bytes": _COUNTS,  # per tier
+        "mean_kv_bytes": pa.map_(_TEXT, _REAL),
+        "peak_resident_bytes": _WHOLE,
+        "links": pa.map_(_TEXT, _TEXT),
+        "did": _COUNTS,
+        "num_parameters": _WHOLE,
+        "kv_token_bytes": _WHOLE,
+    },
+    "requests": {
+        "request": _WHOLE,
+        "session": _WHOLE,
+        "turn": _WHOLE,
+        "arrival_s": _REAL,  # from the cell's start; null: never sent
+        "queue_s": _REAL,
+        "ttft_s": _REAL,
+        "tpot_s": _REAL,
+        "e2e_s": _REAL,
+        "itl_s": pa.list_(_REAL),
+        "prompt_tokens": _WHOLE,
+        "cached_tokens": _WHOLE,
+        "output_tokens": _WHOLE,
+        "num_preemptions": _WHOLE,
+        "finish_reason": _TEXT,
+        "error": _TEXT,
+        **dict.fromkeys(_ATTESTED, _WHOLE),
+        "did": _COUNTS,
+    },
+    "samples": {
+        "time_s": _REAL,
+        "num_running": _WHOLE,
+        "num_waiting": _WHOLE,
+        "blocks_total": _WHOLE,
+        "blocks_free": _WHOLE,
+        "blocks_cached": _WHOLE,
+        "kv_bytes": _COUNTS,
+        "resident_bytes": _WHOLE,
+    },
+    "quality": {
+        "prompt": _WHOLE,
+        "step": _WHOLE,
+        "same_top1": _FLAG,
+        "kl_nats": _REAL,
+    },
+    "onoff": {
+        "side": _TEXT,
+        "num_output_tokens": _WHOLE,
+        "run": _WHOLE,
+        "first_s": _REAL,
+        "total_s": _REAL,
+        "identical": _FLAG,
+    },
+}
+
+
+class Status(StrEnum):
+    """How a cell ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """A cell that has ended, as rows per table."""
+
+    cell: Cell
+    status: Status
+    reason: str | None
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+
+
+def identity(cell: Cell) -> Row:
+    """The columns that say which cell a row is of."""
+    return {
+        "cell": cell.id,
+        "kind": cell.kind.value,
+        "block": cell.block,
+        "model": cell.model,
+        "strategy": cell.strategy,
+        "framework": cell.framework,
+        "budget": cell.budget,
+        "request_rate": cell.rate,
+        "concurrency": cell.concurrency,
+        "context": cell.context,
+        "memory": cell.memory,
+        "repeat": cell.repeat,
+        "workload": None if cell.workload is None else json.dumps(cell.workload.model_dump(mode="json")),
+    }
+
+
+def schema(table: str) -> pa.Schema:
+    """The columns of a table with identity and provenance."""
+    return pa.schema([*IDENTITY.items(), *TABLES[table].items(), *PROVENANCE.items()])
+
+
+def failed(cell: Cell, reason: str, wall_s: float) -> CellResult:
+    """A cell that could not be measured."""
+    return CellResult(cell, Status.FAILED, reason, {"cells": [_cell_row(Status.FAILED, reason, wall_s)]})
+
+
+def live_result(cell: Cell, jobs: Sequence[Job], drive: Drive, facts: ModelFacts, wall_s: float) -> CellResult:
+    """The rows of a live cell."""
+    requests = [_request_row(job, drive) for job in jobs]
+    ended = [r for r in requests if r["finish_reason"] == "length" or r["finish_reason"] == "stop"]
+    row = _cell_row(Status.DONE, None, wall_s) | _memory_columns(drive) | {
+        "duration_s": drive.duration,
+        "num_requests": len(jobs),
+        "num_finished": len(ended),
+        "num_errors": sum(r["finish_reason"] == "error" for r in requests),
+        "cut": drive.cut,
+        "output_tokens": sum(r["output_tokens"] for r in requests),
+        "prompt_tokens": sum(r["prompt_tokens"] for r in ended),
+        "did": _total(r["did"] for r in requests),
+        "num_parameters": facts.num_parameters,
+        "kv_token_bytes": facts.kv_token_bytes,
+    }  # fmt: skip
+    samples = [_sample_row(s) for s in drive.samples]
+    return CellResult(cell, Status.DONE, None, {"cells": [row], "requests": requests, "samples": samples})
+
+
+def quality_result(cell: Cell, measured: Agreement, facts: ModelFacts, wall_s: float) -> CellResult:
+    """The rows of an agreement cell."""
+    rows = [
+        {"prompt": prompt, "step": step, "same_top1": bool(same), "kl_nats": float(kl)}
+        for prompt, (sames, kls) in enumerate(zip(measured.same, measured.kl, strict=True))
+        for step, (same, kl) in enumerate(zip(sames, kls, strict=True))
+    ]
+    row = _cell_row(Status.DONE, None, wall_s) | {
+        "num_requests": len(measured.outputs),
+        "num_finished": len(measured.outputs),
+        "did": _total(o.attestation.did for o in measured.outputs),
+        "num_parameters": facts.num_parameters,
+        "kv_token_bytes": facts.kv_token_bytes,
+    }
+    return CellResult(cell, Status.DONE, None, {"cells": [row], "quality": rows})
+
+
+def onoff_result(cell: Cell, runs: Sequence[tuple[int, OnOffRun, bool]], wall_s: float) -> CellResult:
+    """The rows of the on/off comparison: (repeat, run, identical to the first side's tokens)."""
+    rows = [
+        {
+            "side": run.side,
+            "num_output_tokens": run.output_tokens,
+            "run": repeat,
+            "first_s": run.first_s,
+            "total_s": run.total_s,
+            "identical": same,
+        }
+        for repeat, run, same in runs
+    ]
+    return CellResult(cell, Status.DONE, None, {"cells": [_cell_row(Status.DONE, None, wall_s)], "onoff": rows})
+
+
+def _cell_row(status: Status, reason: str | None, wall_s: float) -> Row:
+    return {"status": status.value, "reason": reason, "wall_s": wall_s}
+
+
+def _memory_columns(drive: Drive) -> Row:
+    first, last = drive.first, drive.last
+    if first is None or last is None:
+        return {}
+    return {
+        "num_preemptions": last.num_preemptions - first.num_preemptions,
+        "prefix_queries": last.prefix_queries - first.prefix_queries,
+        "prefix_hits": last.prefix_hits - first.prefix_hits,
+        "pool_bytes": last.pool_bytes,
+        "blocks_total": last.blocks_total,
+        "peak_kv_bytes": _pairs(drive.peak_bytes),
+        "mean_kv_bytes": _pairs({t: b / drive.duration for t, b in drive.byte_seconds.items()} if drive.duration else {}),
+        "peak_resident_bytes": max(s.resident_bytes for s in drive.samples),
+        "links": _pairs(last.links),
+    }
+
+
+def _request_row(job: Job, drive: Drive) -> Row:
+    base: Row = {
+        "request": job.index,
+        "session": job.session,
+        "turn": job.turn,
+        "arrival_s": drive.sent.get(job.index),
+        "prompt_tokens": len(job.prompt),
+        "output_tokens": 0,
+        "did": {},
+        "finish_reason": "cut" if job.index in drive.sent else "not sent",
+    }
+    output = drive.outputs.get(job.index)
+    return base if output is None else base | _output_columns(output)
+
+
+def _output_columns(output: RequestOutput) -> Row:
+    times = output.metrics
+    steps = np.diff(times.token_times).tolist()
+    first, count = times.first_token, len(output.token_ids)
+    done = output.finish_reason is not None and output.finish_reason.value in ("length", "stop")
+    attested = {name: getattr(output.attestation, name) for name in _ATTESTED}
+    return attested | {
+        "queue_s": None if times.first_scheduled is None else times.first_scheduled - times.arrival,
+        "ttft_s": None if first is None else first - times.arrival,
+        # The rate of a cut request is as true as that of a whole one; one token has no rate.
+        "tpot_s": (times.token_times[-1] - times.token_times[0]) / (count - 1) if len(steps) > 0 and count > 1 else None,
+        "e2e_s": times.token_times[-1] - times.arrival if done and times.token_times else None,
+        "itl_s": steps,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "cached_tokens": times.num_cached_tokens,
+        "output_tokens": count,
+        "num_preemptions": times.num_preemptions,
+        "finish_reason": "cut" if not done and output.error is None else str(output.finish_reason),
+        "error": output.error,
+        "did": dict(output.attestation.did),
+    }
+
+
+def _sample_row(sample: Any) -> Row:
+    stats = sample.stats
+    return {
+        "time_s": sample.time,
+        "num_running": stats.num_running,
+        "num_waiting": stats.num_waiting,
+        "blocks_total": stats.blocks_total,
+        "blocks_free": stats.blocks_free,
+        "blocks_cached": stats.blocks_cached,
+        "kv_bytes": _pairs(stats.kv_bytes),
+        "resident_bytes": sample.resident_bytes,
+    }
+
+
+def _pairs(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(k): v for k, v in mapping.items() if not (isinstance(v, float) and math.isnan(v))}
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for count in counts:
+        for name, number in count.items():
+            total[name] = total.get(name, 0) + number
+    return total

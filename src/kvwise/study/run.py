@@ -1,0 +1,154 @@
+"""Runs a plan: cell after cell, each recorded as it ends, failures included."""
+
+import gc
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvwise.core.errors import PlanError, UsageError
+from kvwise.study.cells import Cell, CellKind, check_strategies, expand
+from kvwise.study.face import Bench
+from kvwise.study.measure import CellRunner
+from kvwise.study.plan import Plan, TraceFile
+from kvwise.study.record import MAX_DEATHS, Progress, StudyFolder
+from kvwise.study.rows import CellResult, failed
+from kvwise.study.workloads import num_requests
+
+
+class Watcher(Protocol):
+    """Who is told how the run goes."""
+
+    def started(self, total: int, recorded: int, left_s: float) -> None:
+        """The run begins; `recorded` cells were there already."""
+        ...
+
+    def began(self, cell: Cell) -> None:
+        """A cell begins."""
+        ...
+
+    def ended(self, result: CellResult, left_s: float) -> None:
+        """A cell ended and is recorded; about `left_s` seconds are left."""
+        ...
+
+    def stopped(self, left: int) -> None:
+        """The plan's time limit was reached with `left` cells to go."""
+        ...
+
+
+@dataclass(slots=True)
+class _Estimate:
+    """Guesses how long cells take, from their nominal length and from how the finished ones compared with it."""
+
+    spent: defaultdict[CellKind, float]
+    nominal: defaultdict[CellKind, float]
+
+    def learn(self, cell: Cell, wall_s: float) -> None:
+        self.spent[cell.kind] += wall_s
+        self.nominal[cell.kind] += nominal_seconds(cell)
+
+    def seconds(self, cell: Cell) -> float:
+        known = self.nominal[cell.kind]
+        return nominal_seconds(cell) * (self.spent[cell.kind] / known if known else 1.0)
+
+
+def nominal_seconds(cell: Cell) -> float:
+    """What a cell would take on a machine that keeps up, start and warm-up included."""
+    if cell.kind is CellKind.ONOFF:
+        return 25.0
+    if cell.kind is CellKind.QUALITY or cell.load is None:
+        return 1.0
+    if cell.rate is None or math.isinf(cell.rate) or isinstance(cell.workload, TraceFile):
+        return 0.3 + cell.load.duration_s
+    return 0.3 + num_requests(cell.rate, cell.load) / cell.rate
+
+
+def run_study(
+    plan: Plan, path: Path, bench: Bench, watcher: Watcher, provenance: dict[str, Any], *, retry_failed: bool = False
+) -> Progress:
+    """Run every cell of `plan` that `path` does not hold yet.
+
+    UsageError before anything is written if the plan names what cannot be run or `path` holds something else. A cell
+    that raises is recorded as failed. Interrupted at any point, a second call goes on where the first stopped.
+    """
+    cells = check_plan(plan, bench)
+    folder = StudyFolder.create_or_resume(path, plan)
+    with folder.lock():
+        progress = folder.progress(cells)
+        if retry_failed:
+            for cell, _ in progress.failed:
+                folder.forget(cell)
+            progress = folder.progress(cells)
+        _run_all(plan, folder, list(progress.left), len(cells), CellRunner(plan, bench), watcher, provenance)
+        return folder.progress(cells)
+
+
+def check_plan(plan: Plan, bench: Bench) -> list[Cell]:
+    """The plan's cells, after its strategies, models and files proved usable."""
+    check_strategies(plan, bench.check_strategy)
+    cells = expand(plan)
+    for block in plan.block:
+        source = getattr(block.workload, "file", None)
+        if source is not None and not Path(source).is_file():
+            raise PlanError(f"block {block.name!r}: {source} is no file; give the path of the trace or CSV file")
+    for model in dict.fromkeys(cell.model for cell in cells):
+        # Only what the user can mend stops the study here; a model too large for the machine is a failed cell.
+        try:
+            bench.facts(model)
+        except UsageError:
+            raise
+        except Exception:
+            continue
+    return cells
+
+
+def _run_all(
+    plan: Plan,
+    folder: StudyFolder,
+    left: list[Cell],
+    total: int,
+    runner: CellRunner,
+    watcher: Watcher,
+    provenance: dict[str, Any],
+) -> None:
+    estimate = _Estimate(defaultdict(float), defaultdict(float))
+    clock = runner.clock
+    start = clock.now()
+    watcher.started(total, total - len(left), sum(map(estimate.seconds, left)))
+    for index, cell in enumerate(left):
+        over = plan.time_limit_s is not None and clock.now() - start + estimate.seconds(cell) > plan.time_limit_s
+        if over:
+            watcher.stopped(len(left) - index)
+            return
+        watcher.began(cell)
+        began = clock.now()
+        result = _run_one(folder, cell, runner)
+        folder.save(result, provenance)
+        estimate.learn(cell, clock.now() - began)
+        watcher.ended(result, sum(map(estimate.seconds, left[index + 1 :])))
+
+
+def _run_one(folder: StudyFolder, cell: Cell, runner: CellRunner) -> CellResult:
+    deaths = folder.deaths(cell)
+    if deaths >= MAX_DEATHS:
+        return failed(cell, f"the process died {deaths} times while this cell ran (out of memory?)", 0.0)
+    folder.begin(cell)
+    began = runner.clock.now()
+    try:
+        return runner.run(cell)
+    except KeyboardInterrupt:
+        folder.give_up(cell)
+        raise
+    except Exception as error:
+        return failed(cell, reason_of(error), runner.clock.now() - began)
+    finally:
+        gc.collect()  # an engine's pool is large: it must be gone before the next cell makes its own
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception as one line."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:400]}"
+
+
