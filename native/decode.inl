@@ -3,6 +3,8 @@
 
 namespace {
 
+constexpr int64_t kDecodeTileBytes = 32 * 1024;
+
 // A run of neighbouring slots inside one page.
 struct Span {
     int64_t slot;
@@ -17,11 +19,18 @@ struct Tile {
     int32_t count;
 };
 
-inline void cut_tile(const SegmentView& segment, int64_t first, int64_t last, Tile& tile) {
+// Keys of a decode tile: K and V of one tile stay in the first-level cache while the next ones arrive.
+inline int32_t decode_tile_keys(const Shape& shape) {
+    const int64_t row_bytes = (shape.key_dim + shape.value_dim) * (shape.storage == Storage::kFloat32 ? 4 : 2);
+    const int64_t keys = kDecodeTileBytes / row_bytes;
+    return keys >= 64 ? 64 : keys >= 32 ? 32 : 16;
+}
+
+inline void cut_tile(const SegmentView& segment, int64_t first, int64_t last, int32_t max_keys, Tile& tile) {
     tile.num_spans = 0;
     tile.first = int32_t(first);
     int64_t index = first;
-    const int64_t stop = last < first + kDecodeTile ? last : first + kDecodeTile;
+    const int64_t stop = last < first + max_keys ? last : first + max_keys;
     while (index < stop) {
         const int64_t entry = index / segment.block_size, offset = index % segment.block_size;
         const int64_t room = segment.block_size - offset;
@@ -48,7 +57,7 @@ class Ahead {
                 end_ = at_ + tile_.spans[span_].count * row_bytes_;
                 ++span_;
             }
-            __builtin_prefetch(at_, 0, 3);
+            __builtin_prefetch(at_, 0, 2);
         }
     }
 
@@ -318,10 +327,11 @@ void walk_tiles(const DecodeTask& task, Visit visit) {
         if (from >= to) continue;
         Tile tiles[2];
         int current = 0;
-        cut_tile(segment, from, to, tiles[0]);
+        const int32_t max_keys = decode_tile_keys(*task.shape);
+        cut_tile(segment, from, to, max_keys, tiles[0]);
         for (int64_t at = from; at < to;) {
             at += tiles[current].count;
-            cut_tile(segment, at, to > at ? to : at, tiles[1 - current]);
+            cut_tile(segment, at, to > at ? to : at, max_keys, tiles[1 - current]);
             visit(segment, sights, tiles[current], tiles[1 - current]);
             current = 1 - current;
         }

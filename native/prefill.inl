@@ -229,7 +229,7 @@ void prefill(const PrefillTask& task) {
         }
         Tile tile;
         for (int64_t at = lo; at < hi; at += tile.count) {
-            cut_tile(segment, at, hi, tile);
+            cut_tile(segment, at, hi, kPrefillKeys, tile);
             widen_tile(shape.storage, segment.keys, shape.key_dim, tile, keys);
             widen_tile(shape.storage, segment.values, shape.value_dim, tile, values);
             for (int32_t g = 0; g < num_groups; ++g) {
@@ -288,7 +288,7 @@ void prefill_mass(const PrefillMassTask& task) {
         const int64_t from = task.from > lo ? task.from : lo, to = task.to < hi ? task.to : hi;
         Tile tile;
         for (int64_t at = from; at < to; at += tile.count) {
-            cut_tile(task.segment, at, to, tile);
+            cut_tile(task.segment, at, to, kPrefillKeys, tile);
             widen_tile(shape.storage, task.segment.keys, shape.key_dim, tile, keys);
             float* received = task.received + (at - task.from);
             for (int32_t g = 0; g < num_groups; ++g) {

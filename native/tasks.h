@@ -103,7 +103,7 @@ struct PrefillMassTask {
     float* workspace;
 };
 
-constexpr int kDecodeTile = 64;
+constexpr int kDecodeTile = 64;  // most keys of a tile; fewer where rows are long
 constexpr int kDecodeSlack = 16;  // score stores may run this far over a tile
 constexpr int kMaxDecodeRows = 8;
 constexpr int kPrefillKeys = 64;      // keys of one tile
@@ -113,8 +113,8 @@ constexpr int kMaxLanes = 16;
 
 inline int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 
-// Number of tiles, all segments together, that a decode over [from, to) visits at most.
-inline int64_t decode_tiles(int64_t keys, int32_t num_segments) { return keys / kDecodeTile + 2 * num_segments + 1; }
+// Number of tiles, all segments together, that a decode over so many keys visits at most (no tile is cut below 16 keys).
+inline int64_t decode_tiles(int64_t keys, int32_t num_segments) { return keys / 16 + 2 * num_segments + 1; }
 
 inline int64_t prefill_workspace(const Shape& shape) {
     return (padded(shape.key_dim) + padded(shape.value_dim)) * (kPrefillRows + 3 * kMaxLanes + kPrefillKeys) +

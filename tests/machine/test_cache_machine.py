@@ -343,6 +343,6 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, derandomize=True, database=None
+    max_examples=300, stateful_step_count=50, deadline=None, derandomize=True, database=None
 )
 TestCacheMachine = CacheMachine.TestCase

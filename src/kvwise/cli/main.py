@@ -2,8 +2,8 @@
 
 import os
 import sys
+from typing import Any
 
-import click
 import typer
 
 from kvwise import __version__
@@ -13,11 +13,14 @@ from kvwise.core.errors import KvwiseError, UsageError
 app = typer.Typer(
     name="kvwise",
     help="The KV cache of LLM inference: every published method on one paged engine, measured side by side.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"auto_envvar_prefix": "KVWISE", "help_option_names": ["-h", "--help"]},
 )
+
+
+# The parser's errors. Typer brings click along under varying names, but its public error always derives from them.
+BAD_COMMAND_LINE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def _version(wanted: bool) -> None:
@@ -46,18 +49,15 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit status; errors are one line on standard error."""
     try:
-        result = app(arguments, prog_name="kvwise", standalone_mode=False)
+        result = app(arguments or ["--help"], prog_name="kvwise", standalone_mode=False)
         return int(result) if isinstance(result, int) else 0
     except UsageError as error:
         return _say(str(error), 2)
     except KvwiseError as error:
         return _say(str(error), 1)
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        return 2
-    except click.ClickException as error:
+    except BAD_COMMAND_LINE as error:
         return _say(f"{error.format_message()} (see kvwise --help)", 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     except BrokenPipeError:
         # Whoever read our output has left: no more of it, and no complaint from the interpreter on the way out.

@@ -101,10 +101,10 @@ class Finisher:
         """Hand a sequence to the placement; the latest others make room if there is none. Only it may fail."""
         try:
             while not self._memory.placement.settle(sequence):
-                others = [s for s in self._scheduler.running if s is not sequence]
-                if not others:
+                other = self._scheduler.latest(besides=sequence)
+                if other is None:
                     raise CapacityError("no memory is left to rearrange the request's KV: raise kv_cache_memory_bytes")
-                self._scheduler.preempt(others[-1])
+                self._scheduler.preempt(other)
             sequence.settled = True
         except Exception as error:  # a method is somebody's code: it may raise anything, and the others go on
             self.end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")

@@ -79,7 +79,7 @@ class Scheduler:
         stuck += [s for s in decoding if s.settled and not self._placement.grow(s)]
         for sequence in stuck:
             while sequence.phase is Phase.DECODE and not self._grow(sequence):
-                self.preempt(self.running[-1])
+                self.preempt(self.latest() or sequence)
         return [s for s in decoding if s.phase is Phase.DECODE]
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -127,6 +127,11 @@ class Scheduler:
             metrics.first_scheduled = self._clock.now()
             metrics.num_cached_tokens = match.num_tokens
             metrics.miss = str(match.miss)
+
+    def latest(self, besides: Sequence | None = None) -> Sequence | None:
+        """The running sequence that arrived last, which is the first to give way; None if there is no other."""
+        others = [(s.metrics.arrival, i, s) for i, s in enumerate(self.running) if s is not besides]
+        return max(others, key=lambda other: other[:2])[2] if others else None
 
     def preempt(self, sequence: Sequence) -> None:
         """Release a running sequence's memory and put it first in the queue; its tokens so far are kept."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from kvwise.models.gptneo import HookedSelfAttention
 from kvwise.models.loaded import LoadedModel
 
 Ask = Callable[[int, slice], Tensor]
@@ -84,7 +85,7 @@ class QueryAhead:
 
     def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            batch = kwargs.get("batch") or getattr(getattr(module, "slot", None), "batch", None)
+            batch = kwargs["batch"] if "batch" in kwargs else _slot_batch(module)
             if not isinstance(batch, AheadBatch):
                 return
             given = dict(kwargs)
@@ -94,6 +95,11 @@ class QueryAhead:
             )
 
         return tell
+
+
+def _slot_batch(module: nn.Module) -> object:
+    """The batch of a module that gets it otherwise than by keyword (GPT-Neo)."""
+    return module.slot.batch if isinstance(module, HookedSelfAttention) else None
 
 
 class _Noted(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kvwise.core.errors import PlanError, UsageError
+from kvwise.core.errors import UsageError
 from kvwise.study.cells import Cell
 from kvwise.study.plan import Plan, plan_hash, read_plan
 from kvwise.study.rows import TABLES, CellResult, Row, Status, identity, schema
@@ -52,7 +52,10 @@ class StudyFolder:
         if folder._exists():
             folder._refuse_other(plan)
         else:
-            path.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"output folder {path} cannot be made: {error.strerror or error}") from error
             folder._write_marker(plan)
         folder._cells.mkdir(exist_ok=True)
         folder._attempts.mkdir(exist_ok=True)
@@ -157,7 +160,8 @@ class StudyFolder:
 
     def rows(self, table: str) -> list[Row]:
         """All rows of a table, cells in the order of their ids."""
-        return self.table(table).to_pylist(maps_as_pydicts="strict")
+        rows: list[Row] = self.table(table).to_pylist(maps_as_pydicts="strict")
+        return rows
 
     def table(self, table: str) -> pa.Table:
         """All rows of a table, as an Arrow table."""
@@ -167,7 +171,7 @@ class StudyFolder:
                 try:
                     parts.append(pq.read_table(file, schema=schema(table)))
                 except (OSError, pa.ArrowException) as error:
-                    raise UsageError(f"{file} cannot be read ({error}); remove {file.parent} to run it again") from error
+                    raise UsageError(f"{file} cannot be read ({error}); remove {file.parent}") from error
         return pa.concat_tables(parts) if parts else schema(table).empty_table()
 
     def merge(self) -> list[Path]:
@@ -180,13 +184,6 @@ class StudyFolder:
             os.replace(draft, target)
             written.append(target)
         return written
-
-
-def check_table(name: str) -> str:
-    """`name` if it is a table of a study."""
-    if name not in TABLES:
-        raise PlanError(f"a study has no table {name!r}; it has: {', '.join(TABLES)}")
-    return name
 
 
 def _now() -> str:

@@ -1,7 +1,6 @@
 """The rows a study leaves: what each column is, and how a finished cell becomes rows."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,7 +12,7 @@ import pyarrow as pa
 from kvwise.core.output import RequestOutput
 from kvwise.study.cells import Cell
 from kvwise.study.face import ModelFacts, OnOffRun
-from kvwise.study.live import Drive
+from kvwise.study.live import Drive, Sample
 from kvwise.study.quality import Agreement
 from kvwise.study.workloads import Job
 
@@ -235,10 +234,10 @@ def _memory_columns(drive: Drive) -> Row:
         "prefix_hits": last.prefix_hits - first.prefix_hits,
         "pool_bytes": last.pool_bytes,
         "blocks_total": last.blocks_total,
-        "peak_kv_bytes": _pairs(drive.peak_bytes),
-        "mean_kv_bytes": _pairs({t: b / drive.duration for t, b in drive.byte_seconds.items()} if drive.duration else {}),
+        "peak_kv_bytes": dict(drive.peak_bytes),
+        "mean_kv_bytes": {tier: used / drive.duration for tier, used in drive.byte_seconds.items() if drive.duration},
         "peak_resident_bytes": max(s.resident_bytes for s in drive.samples),
-        "links": _pairs(last.links),
+        "links": dict(last.links),
     }
 
 
@@ -267,7 +266,7 @@ def _output_columns(output: RequestOutput) -> Row:
         "queue_s": None if times.first_scheduled is None else times.first_scheduled - times.arrival,
         "ttft_s": None if first is None else first - times.arrival,
         # The rate of a cut request is as true as that of a whole one; one token has no rate.
-        "tpot_s": (times.token_times[-1] - times.token_times[0]) / (count - 1) if len(steps) > 0 and count > 1 else None,
+        "tpot_s": float(np.mean(steps)) if steps else None,
         "e2e_s": times.token_times[-1] - times.arrival if done and times.token_times else None,
         "itl_s": steps,
         "prompt_tokens": len(output.prompt_token_ids),
@@ -280,7 +279,7 @@ def _output_columns(output: RequestOutput) -> Row:
     }
 
 
-def _sample_row(sample: Any) -> Row:
+def _sample_row(sample: Sample) -> Row:
     stats = sample.stats
     return {
         "time_s": sample.time,
@@ -289,13 +288,9 @@ def _sample_row(sample: Any) -> Row:
         "blocks_total": stats.blocks_total,
         "blocks_free": stats.blocks_free,
         "blocks_cached": stats.blocks_cached,
-        "kv_bytes": _pairs(stats.kv_bytes),
+        "kv_bytes": dict(stats.kv_bytes),
         "resident_bytes": sample.resident_bytes,
     }
-
-
-def _pairs(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(k): v for k, v in mapping.items() if not (isinstance(v, float) and math.isnan(v))}
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from kvwise.core.clock import Clock, MonotonicClock
 from kvwise.core.config import EngineConfig, parse_bytes
+from kvwise.core.errors import RequestError
+from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.engine.engine import Engine
 from kvwise.engine.sizing import kv_dtype
@@ -103,14 +105,15 @@ class Workbench:
             params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
             start = self.clock.now()
             engine.add_request(prompt, params, arrival=start)
-            last = None
+            outputs: list[RequestOutput] = []
             while engine.has_unfinished():
-                last = (engine.step() or [last])[-1]
-            if last is None or last.metrics.first_token is None:
-                raise RuntimeError(f"the engine gave no output for {model}")
-            end = self.clock.now()
-            first = last.metrics.first_token - start
-            return OnOffRun("kvwise", output_tokens, first, end - start, tuple(last.token_ids))
+                outputs = engine.step() or outputs
+            total = self.clock.now() - start
+            last = outputs[-1]
+            if last.error is not None:
+                raise RequestError(last.error)
+            first = last.metrics.token_times[0] - start
+            return OnOffRun("kvwise", output_tokens, first, total, tuple(last.token_ids))
         finally:
             engine.close()
 
@@ -137,15 +140,17 @@ class Workbench:
     def _plain_model(self, model: str) -> Any:
         """The model as transformers runs it, without kvwise's attention."""
         if model not in self._plain:
-            self._plain.clear()
+            auto: Any = AutoModelForCausalLM
             name = model.removeprefix("random:")
             with quiet():
                 if name in RANDOM_MODELS:
-                    self._plain[model] = build(RANDOM_MODELS[name](), self._plan.seed)
+                    # Its twin under kvwise's attention is loaded by now, so the size was judged there.
+                    plain = build(RANDOM_MODELS[name](), self._plan.seed, check_size=lambda _: None)
                 else:
-                    self._plain[model] = AutoModelForCausalLM.from_pretrained(
-                        model, dtype=torch.float32
-                    ).eval()
+                    plain = auto.from_pretrained(model, dtype=torch.float32).eval()
+            # Timed runs have a given length: no token ends them, as with ignore_eos on our side.
+            plain.generation_config.eos_token_id = None
+            self._plain = {model: plain}
         return self._plain[model]
 
 
