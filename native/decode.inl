@@ -57,7 +57,7 @@ class Ahead {
                 end_ = at_ + tile_.spans[span_].count * row_bytes_;
                 ++span_;
             }
-            __builtin_prefetch(at_, 0, 2);
+            __builtin_prefetch(at_, 0, 3);
         }
     }
 

@@ -9,10 +9,6 @@
 #include <string>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "attend.h"
 #include "dispatch.h"
 #include "rows.h"
@@ -149,25 +145,12 @@ float read_memory(const std::string& set, uintptr_t address, int64_t num_floats,
     return total.load();
 }
 
-// Asks for huge pages behind [address, address + bytes); false where the system has none to give.
-bool advise_huge_pages(uintptr_t address, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kHuge = uintptr_t(1) << 21;
-    const uintptr_t first = (address + kHuge - 1) / kHuge * kHuge, last = (address + bytes) / kHuge * kHuge;
-    return first < last && madvise(at<void>(first), last - first, MADV_HUGEPAGE) == 0;
-#else
-    (void)address, (void)bytes;
-    return false;
-#endif
-}
-
 }  // namespace
 }  // namespace kvwise
 
 NB_MODULE(_native, m) {
     m.doc() = "Native CPU kernels of kvwise; use kvwise.kernels, not this module.";
     m.def("instruction_sets", &kvwise::instruction_sets);
-    m.def("advise_huge_pages", &kvwise::advise_huge_pages);
     m.def("read_memory", &kvwise::read_memory);
     kvwise::bind_attend(m);
     kvwise::bind_rows(m);

@@ -244,16 +244,16 @@ void prefill(const PrefillTask& task) {
     for (int32_t g = 0; g < num_groups; ++g) finish_group(task, groups[g]);
 }
 
-// received[t] += the probabilities of the group's rows for each key of the tile.
+// received[t][lane] += the probabilities of the group's rows for each key of the tile; lanes are summed up by the caller.
 template <int V>
 void add_received(const Shape& shape, const SegmentView& segment, const RowGroup& group, const float* lse, const Tile& tile,
                   const float* keys, float* scores, float* received) {
     constexpr int W = Vec::kLanes;
     group_scores<V>(shape, segment, group, tile, keys, scores);
     for (int32_t t = 0; t < tile.count; ++t) {
-        Vec sum = zero();
+        Vec sum = load(received + t * W);
         for (int v = 0; v < V; ++v) sum = sum + exponential(load(scores + (t * V + v) * W) - load(lse + v * W));
-        received[t] += reduce_add(sum);
+        store(received + t * W, sum);
     }
 }
 
@@ -290,7 +290,7 @@ void prefill_mass(const PrefillMassTask& task) {
         for (int64_t at = from; at < to; at += tile.count) {
             cut_tile(task.segment, at, to, kPrefillKeys, tile);
             widen_tile(shape.storage, task.segment.keys, shape.key_dim, tile, keys);
-            float* received = task.received + (at - task.from);
+            float received[kPrefillKeys * Vec::kLanes] = {};
             for (int32_t g = 0; g < num_groups; ++g) {
                 const RowGroup& group = groups[g];
                 if (group.hi <= tile.first || group.lo >= tile.first + tile.count) continue;
@@ -298,6 +298,8 @@ void prefill_mass(const PrefillMassTask& task) {
                 if (group.vectors == 2) add_received<2>(shape, task.segment, group, lse[g], tile, keys, scores, received);
                 if (group.vectors == 1) add_received<1>(shape, task.segment, group, lse[g], tile, keys, scores, received);
             }
+            float* sums = task.received + (at - task.from);
+            for (int32_t t = 0; t < tile.count; ++t) sums[t] += reduce_add(load(received + t * Vec::kLanes));
         }
     }
 }

@@ -70,9 +70,7 @@ def make(case: Case) -> Problem:
     width = int(lengths.max()) // size + 2
     if case.per_head:
         num_pages = batch * heads * width + 3
-        tables = torch.randperm(num_pages, generator=generator)[: batch * heads * width].view(
-            batch, heads, width
-        )
+        tables = torch.randperm(num_pages, generator=generator)[: batch * heads * width].view(batch, heads, width)
         stride, offset = 1, 0
     else:
         stride, offset = case.num_layers * heads, case.layer * heads
@@ -83,9 +81,7 @@ def make(case: Case) -> Problem:
     values = torch.randn(num_pages, size, case.value_dim, generator=generator).to(case.dtype)
     positions = None
     if case.shuffled_positions:
-        positions = torch.randint(
-            0, int(lengths.max()), (num_pages, size), generator=generator, dtype=torch.int32
-        )
+        positions = torch.randint(0, int(lengths.max()), (num_pages, size), generator=generator, dtype=torch.int32)
     total = int(counts.sum())
     segment = Segment(
         keys,
@@ -138,11 +134,7 @@ def dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
                 row = int(problem.query_start[b]) + i
                 seen = where < length - n + i + 1 if case.causal else where < length
                 if case.window is not None:
-                    own = (
-                        length - n + i
-                        if problem.query_positions is None
-                        else int(problem.query_positions[row])
-                    )
+                    own = length - n + i if problem.query_positions is None else int(problem.query_positions[row])
                     seen = seen & (own - at >= 0) & (own - at < case.window)
                 for g in range(group):
                     logits = keys @ problem.queries[row, h * group + g].double() * problem.options["scale"]

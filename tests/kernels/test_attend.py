@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from tests.kernels.cases import Case, Problem, dense, make
 from torch import Tensor
 
 from kvwise.core.errors import UsageError
 from kvwise.kernels import Kernels, Segment, available_kernels, kernels_for
-from tests.kernels.cases import Case, Problem, dense, make
 
 CPU = torch.device("cpu")
 NATIVE = [name for name in available_kernels(CPU) if name != "reference"]
@@ -98,9 +98,7 @@ def test_native_prefill_chunks(dtype: torch.dtype, per_head: bool, kernels: str)
     case = PREFILL.with_(dtype=dtype, per_head=per_head, mass_rows=(70, 1, 0, 50), num_heads=1, group=3)
     for window, softcap in ((None, None), (50, None), (None, 5.0)):
         problem = make(case.with_(window=window, softcap=softcap))
-        assert_same(
-            attend(kernels_for(CPU, kernels), problem), attend(kernels_for(CPU, "reference"), problem)
-        )
+        assert_same(attend(kernels_for(CPU, kernels), problem), attend(kernels_for(CPU, "reference"), problem))
 
 
 @pytest.mark.parametrize("kernels", NATIVE)

@@ -100,9 +100,7 @@ def test_a_folder_with_a_tokenizer_uses_it(save: Save) -> None:
     assert isinstance(load_model(str(folder)).tokenizer, HuggingFaceTokenizer)
 
 
-def test_a_folder_without_a_tokenizer_says_that_text_is_bytes(
-    save: Save, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_without_a_tokenizer_says_that_text_is_bytes(save: Save, caplog: pytest.LogCaptureFixture) -> None:
     loaded = load_model(str(save()))
     assert loaded.tokenizer.encode("hi", add_special=False) == [104, 105]
     assert "no tokenizer" in caplog.text
@@ -135,9 +133,7 @@ def test_half_precision_weights_are_held_in_float32_where_the_cpu_is_slow_at_the
     assert "float32" in refusal(folder, dtype="bfloat16")
 
 
-def test_half_precision_is_kept_where_the_cpu_is_fast_at_it(
-    save: Save, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_is_kept_where_the_cpu_is_fast_at_it(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     folder = save(dtype=torch.bfloat16)
     assert load_model(str(folder)).dtype == torch.bfloat16

@@ -63,7 +63,7 @@ class BatchBuilder:
             self._tensor(tokens),
             self._tensor(positions),
             self._tensor(ends[sampled]),
-            StepBatch(parts),
+            StepBatch(parts, self._arena.layout.num_layers),
             order,
             [order[i] for i in sampled],
         )

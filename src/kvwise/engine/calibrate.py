@@ -53,7 +53,7 @@ def calibrate(loaded: LoadedModel, index: Index, layout: KVLayout, kernels: Kern
         observer=_Calibrator(index),
     )
     no_logits = torch.empty(0, dtype=torch.int64, device=device)
-    forward(loaded, torch.tensor(tokens, device=device), positions, StepBatch([part]), no_logits)
+    forward(loaded, torch.tensor(tokens, device=device), positions, StepBatch([part], layout.num_layers), no_logits)
 
 
 def sample_tokens(loaded: LoadedModel, num_tokens: int) -> list[int]:

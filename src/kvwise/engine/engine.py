@@ -148,8 +148,12 @@ class Engine:
         schedule = self._scheduler.schedule()
         if schedule:
             batch = self._builder.build(schedule)
-            logits = self._runner.run(batch)
-            self._commit(batch, logits)
+            try:
+                logits = self._runner.run(batch)
+            except Exception as error:  # the model or the memory gave out: only this step's requests fail
+                self._finisher.fail([(s.sequence, error) for s in batch.order])
+            else:
+                self._commit(batch, logits)
         elif not self._scheduler.running and self._scheduler.waiting:
             self._finisher.refuse_stuck(self._scheduler.waiting[0])
         self._num_steps += 1
@@ -164,12 +168,12 @@ class Engine:
         for item in batch.order:
             item.sequence.num_computed += item.num_tokens
             item.sequence.attestation.tokens_computed += item.num_tokens
-        sound = self._finisher.drop_unsound(batch.sampled, logits)
+        sound = self._finisher.drop_unsound(batch, logits)
         self._publish([s.sequence for s in batch.order if s.sequence.row is not None])
         if prefills := [p for p in prefills if p[0].row is not None]:
-            self.memory.placement.after_prefill_step(prefills)
+            self._finisher.fail(self.memory.placement.after_prefill_step(prefills))
         if settled := [s for s in settled if s.row is not None]:
-            self.memory.placement.after_decode_step(settled)
+            self._finisher.fail(self.memory.placement.after_decode_step(settled))
         self._finisher.take_tokens(sound, logits)
 
     def _publish(self, sequences: list[Sequence]) -> None:

@@ -8,10 +8,11 @@ from torch import Tensor
 from kvwise.core.clock import Clock
 from kvwise.core.errors import CapacityError, RequestError
 from kvwise.core.output import FinishReason, RequestOutput
+from kvwise.engine.batch import Batch
 from kvwise.engine.placement.choose import Memory
 from kvwise.engine.runner import finite_rows
 from kvwise.engine.sampler import sample
-from kvwise.engine.scheduler import Scheduled, Scheduler
+from kvwise.engine.scheduler import Scheduler
 from kvwise.engine.sequence import Phase, Sequence
 from kvwise.models.loaded import LoadedModel
 
@@ -27,18 +28,33 @@ class Finisher:
 
     # -- after the forward pass ---------------------------------------------------------------------------------
 
-    def drop_unsound(self, sampled: Many[Scheduled], logits: Tensor) -> list[tuple[Sequence, int]]:
-        """End every request whose logits are not finite, before its KV can be shared; the others with their row."""
+    def drop_unsound(self, batch: Batch, logits: Tensor) -> list[tuple[Sequence, int]]:
+        """End every request whose KV or logits are not finite, before they can be shared or sampled.
+
+        The others that are to be sampled are returned with their row of logits.
+        """
+        for item, fine in zip(batch.order, _sound(batch), strict=True):
+            if not fine:
+                self.end(item.sequence, FinishReason.ERROR, "the model's keys and values are not finite numbers")
         sound = []
-        for row, (item, fine) in enumerate(zip(sampled, finite_rows(logits), strict=True)):
+        for row, (item, fine) in enumerate(zip(batch.sampled, finite_rows(logits), strict=True)):
+            if item.sequence.phase is Phase.FINISHED:
+                continue
             if fine:
                 sound.append((item.sequence, row))
             else:
                 self.end(item.sequence, FinishReason.ERROR, "the model's logits are not finite numbers")
         return sound
 
+    def fail(self, failures: Many[tuple[Sequence, Exception]]) -> None:
+        """End requests that something raised for."""
+        for sequence, error in failures:
+            if sequence.phase is not Phase.FINISHED:
+                self.end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+
     def take_tokens(self, sampled: list[tuple[Sequence, int]], logits: Tensor) -> None:
         """Sample a token for each (sequence, row of logits), then let finished prefills fork and settle."""
+        sampled = [(s, row) for s, row in sampled if s.phase is not Phase.FINISHED]
         fresh = [s for s, _ in sampled if s.phase is Phase.PREFILL]
         rows = list(sampled)
         for sequence, row in sampled:
@@ -49,17 +65,26 @@ class Finisher:
         chosen = sample(logits[index], [s.sampler for s, _ in rows])
         now = self._clock.now()
         for (sequence, row), found in zip(rows, chosen, strict=True):
+            if not self._observed(sequence, logits[row]):
+                continue
             if isinstance(found, RequestError):
                 self.end(sequence, FinishReason.ERROR, str(found))
                 continue
-            if sequence.observe is not None:
-                sequence.observe(sequence.num_outputs, logits[row])
             if found.logprob is not None:
                 sequence.logprobs.append(found.logprob)
             self._append(sequence, found.token_id, now)
         for sequence in [*fresh, *(s for s, _ in rows[len(sampled) :])]:
             if sequence.phase is Phase.DECODE and self._memory.placement.settles:
                 self._settle(sequence)
+
+    def _observed(self, sequence: Sequence, logits: Tensor) -> bool:
+        """Show the logits to whoever asked; False if that, or an abort from within it, has ended the request."""
+        if sequence.observe is not None and sequence.phase is not Phase.FINISHED:
+            try:
+                sequence.observe(sequence.num_outputs, logits)
+            except Exception as error:  # the caller's code: it may raise anything, and the others go on
+                self.fail([(sequence, error)])
+        return sequence.phase is not Phase.FINISHED
 
     def _fork(self, sequence: Sequence) -> list[Sequence]:
         """The other samples of a request whose prompt is computed: they share its blocks, or queue up for their own."""
@@ -107,7 +132,7 @@ class Finisher:
                 self._scheduler.preempt(other)
             sequence.settled = True
         except Exception as error:  # a method is somebody's code: it may raise anything, and the others go on
-            self.end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+            self.fail([(sequence, error)])
 
     # -- tokens and ends ----------------------------------------------------------------------------------------
 
@@ -163,6 +188,7 @@ class Finisher:
         told = sequence.num_emitted
         sequence.num_emitted = len(outputs)
         sequence.told = sequence.phase is Phase.FINISHED
+        sequence.attestation.tokens_seen = max(sequence.attestation.tokens_seen, sequence.num_computed)
         return RequestOutput(
             request_id=sequence.request_id,
             index=sequence.index,
@@ -176,3 +202,12 @@ class Finisher:
             metrics=sequence.metrics,
             attestation=sequence.attestation,
         )
+
+
+def _sound(batch: Batch) -> list[bool]:
+    """For each sequence of the batch, whether all its new tokens have finite KV."""
+    sound = batch.step.sound
+    if sound is None or bool(sound.all()):
+        return [True] * len(batch.order)
+    parts = torch.split(sound, [s.num_tokens for s in batch.order])
+    return [bool(part.all()) for part in parts]

@@ -19,7 +19,8 @@ from kvwise.core.errors import RequestError, UsageError
 from kvwise.core.output import TokenLogprob
 from kvwise.core.params import SamplingParams
 
-NUCLEUS = 1024  # candidates looked at first for top-p; a full sort follows only where they do not suffice
+NUCLEUS = 1024  # candidates looked at first for top-p; more follow only where they do not suffice
+COLDEST = 1e-10  # the lowest temperature that float32 can divide by; it is greedy long before
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +159,12 @@ def _draw(logits: Tensor, sequences: Sequence[SequenceSampler]) -> list[int]:
     """One draw per row by inverting the cumulative distribution at the sequence's uniform number."""
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
     params = [sequence.params for sequence in sequences]
     # Relative to the largest, a logit stays a number at any temperature.
-    scaled = (logits - logits.amax(dim=1, keepdim=True)).double() / column([p.temperature for p in params])
+    temperatures = column([max(one.temperature, COLDEST) for one in params])
+    scaled = (logits - logits.amax(dim=1, keepdim=True)) / temperatures
     limited = [row for row, p in enumerate(params) if p.top_p < 1 or 0 < p.top_k < logits.shape[1]]
     if limited:
         k = column([params[row].top_k or logits.shape[1] for row in limited])
@@ -170,9 +172,10 @@ def _draw(logits: Tensor, sequences: Sequence[SequenceSampler]) -> list[int]:
         scaled[limited] = _limit(scaled[limited], k, p, NUCLEUS)
     if any(one.min_p for one in params):
         scaled = scaled.masked_fill(scaled.exp() < column([one.min_p for one in params]), float("-inf"))
-    reached = scaled.exp().cumsum(dim=1)
+    reached = scaled.exp().cumsum(dim=1, dtype=torch.float64)
     total = reached[:, -1:]
-    target = column([sequence.uniform() for sequence in sequences]) * total
+    uniforms = [[one.uniform()] for one in sequences]
+    target = torch.tensor(uniforms, dtype=torch.float64, device=logits.device) * total
     # Below the total even after rounding: the first sum above the target belongs to a token with a share.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(reached, target, right=True)
@@ -183,20 +186,21 @@ def _draw(logits: Tensor, sequences: Sequence[SequenceSampler]) -> list[int]:
 def _limit(scaled: Tensor, k: Tensor, p: Tensor, width: int) -> Tensor:
     """Forbids all but the k best of each row, and of those all but the fewest that hold a share p.
 
-    k and p are [R, 1]. Looks at the `width` best (or k, if more); where p reaches beyond, once more at all.
+    k and p are [R, 1]. Looks at the `width` best (or k, if more); where p reaches beyond, at more of them.
     """
     num_tokens = scaled.shape[1]
     has_k = k < num_tokens
     width = min(num_tokens, max(width, int(k[has_k].max()) if bool(has_k.any()) else 0))
     values, ids = scaled.topk(width, dim=1)
     in_k = torch.arange(width, device=scaled.device) < k
-    shares = values.exp() * in_k
-    total = torch.where(has_k, shares.sum(dim=1, keepdim=True), scaled.exp().sum(dim=1, keepdim=True))
+    shares = values.exp().double() * in_k
+    everything = scaled.exp().sum(dim=1, keepdim=True, dtype=torch.float64)
+    total = torch.where(has_k, shares.sum(dim=1, keepdim=True), everything)
     before = shares.cumsum(dim=1) - shares
     keep = in_k & ((before < p * total) | (p >= 1))
     keep[:, 0] = True
     if width < num_tokens and bool((keep[:, -1:] & ~has_k).any()):
-        return _limit(scaled, k, p, num_tokens)
+        return _limit(scaled, k, p, 8 * width)
     allowed = torch.full_like(scaled, float("-inf"))
     return allowed.scatter_(1, ids, values.masked_fill(~keep, float("-inf")))
 

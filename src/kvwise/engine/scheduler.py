@@ -1,7 +1,6 @@
 """Who runs in the next step, and with how many tokens: decode first, then prefill chunks, then new requests."""
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,11 +56,7 @@ class Scheduler:
                 chosen.append(self._chunk(sequence, budget))
                 budget -= chosen[-1].num_tokens
         if self.num_preemptions == num_preempted:
-            for sequence in self._admitted(budget):
-                chosen.append(self._chunk(sequence, budget))
-                budget -= chosen[-1].num_tokens
-                if budget <= 0:
-                    break
+            chosen += self._admitted(budget)
         return chosen
 
     def _chunk(self, sequence: Sequence, budget: int) -> Scheduled:
@@ -88,20 +83,23 @@ class Scheduler:
         assert sequence.row is not None
         return self._cache.reserve(sequence.row, len(sequence.tokens))
 
-    def _admitted(self, budget: int) -> Iterator[Sequence]:
-        """Admit from the queue, in order, while there is room; each is yielded with its memory reserved."""
+    def _admitted(self, budget: int) -> list[Scheduled]:
+        """Admit from the queue, in order, while there is room and budget; their memory is reserved."""
+        admitted: list[Scheduled] = []
         held: list[Sequence] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
             match = self._match(sequence)
             if match.num_pending:
-                held.append(sequence)  # a running prefill is about to publish its next block: wait, not compute twice
-                continue
-            if not self._admit(sequence, match):
+                held.append(sequence)  # a running prefill is about to publish its next block: wait for it
+            elif self._admit(sequence, match):
+                admitted.append(self._chunk(sequence, budget))
+                budget -= admitted[-1].num_tokens
+            else:
                 self.waiting.appendleft(sequence)
                 break
-            yield sequence
         self.waiting.extendleft(reversed(held))
+        return admitted
 
     def _match(self, sequence: Sequence) -> Match:
         assert sequence.keys is not None
@@ -109,9 +107,12 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, match: Match) -> bool:
         assert sequence.keys is not None
+        if not self._placement.admit(sequence):
+            return False
         row = self._cache.admit(match, sequence.keys, len(sequence.tokens))
         if not self._cache.reserve(row, len(sequence.tokens)):
             self._cache.release(row)
+            self._placement.release(sequence)
             return False
         sequence.row = row
         sequence.num_computed = match.num_tokens

@@ -9,7 +9,7 @@ import torch
 from kvwise.core.errors import UsageError
 from kvwise.kernels.base import Attention, Kernels, Segment
 
-__all__ = ["Attention", "Kernels", "Segment", "available_kernels", "kernels_for", "new_arena"]
+__all__ = ["Attention", "Kernels", "Segment", "available_kernels", "kernels_for"]
 
 
 def available_kernels(device: torch.device) -> list[str]:
@@ -48,16 +48,6 @@ def kernels_for(device: torch.device, name: str | None = None) -> Kernels:
     from kvwise.kernels.reference import ReferenceKernels
 
     return ReferenceKernels()
-
-
-def new_arena(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A zeroed tensor for pages; on a CPU with native kernels it asks for huge pages (fewer TLB misses, same bytes)."""
-    arena = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and importlib.util.find_spec("kvwise._native") is not None:
-        from kvwise.kernels.cpu import advise_huge_pages
-
-        advise_huge_pages(arena)
-    return arena.zero_()
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """The one kernel signature: what attention over paged segments means, whoever computes it.
 
-Shape letters: T tokens, B sequences, H KV heads, G query heads per KV head, D head dim (Dk keys, Dv values), P pages, N entries of a table.
+Shape letters: T tokens, B sequences, H KV heads, G query heads per KV head, Hq = G * H query heads, D head dim
+(Dk keys, Dv values), P pages, N entries of a table.
 
-A *slot* is ``page * block_size + offset``. Whole-block tables name blocks, shared by all heads, and the page of head ``h`` is
-``block * page_stride + page_offset + h``; per-head tables name pages.
+A *slot* is ``page * block_size + offset``. Whole-block tables name blocks, shared by all heads, and the page of
+head ``h`` is ``block * page_stride + page_offset + h``; per-head tables name pages.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from kvwise.core.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of pages in one encoding at one place; attention over several segments is one softmax over all of them.
+    """A run of pages in one encoding at one place; attention over several is one softmax over all of them.
 
-    ``causal``: of the ``n`` queries of a sequence, query ``i`` sees the first ``length - n + i + 1`` slots in table order (so ``lengths``
-    counts the queries' own tokens, already appended); otherwise every query sees all ``length`` slots. A count below zero is none.
+    ``causal``: of the ``n`` queries of a sequence, query ``i`` sees the first ``length - n + i + 1`` slots in table
+    order (so ``lengths`` counts the queries' own tokens, already appended); otherwise every query sees all
+    ``length`` slots. A count below zero is none.
     """
 
     keys: Tensor  # [P, block_size, Dk] float32, bfloat16 or float16
@@ -52,14 +54,14 @@ class Segment:
 
 
 class Attention(NamedTuple):
-    """Result of one attend: ``out`` [T, Hq, Dv] in the query's dtype, ``lse`` [T, Hq] float32 natural log (None unless asked for)."""
+    """Result of one attend: ``out`` [T, Hq, Dv] in the query's dtype; ``lse`` [T, Hq] float32, natural log, or None."""
 
     out: Tensor
     lse: Tensor | None
 
 
 class Kernels(Protocol):
-    """What a kernel family offers; every family computes the same function, and `reference` is its specification."""
+    """What a kernel family offers; all compute the same function, and `reference` is its specification."""
 
     @property
     def name(self) -> str:
@@ -81,15 +83,18 @@ class Kernels(Protocol):
     ) -> Attention:
         """Softmax attention of flat queries over the slots of all segments, accumulated in float32.
 
-        queries: [T, Hq, Dk], last dim contiguous; Hq = G*H and query head ``h*G + g`` reads KV head ``h``.
-        query_start: int32 [B + 1]; sequence ``b`` owns rows ``query_start[b]:query_start[b + 1]`` (may be empty).
+        queries: [T, Hq, Dk]; query head ``h * G + g`` reads KV head ``h``.
+        query_start: int32 [B + 1]; sequence ``b`` owns rows ``query_start[b]:query_start[b + 1]`` (may be none).
         scale: factor on the dot products. softcap: logits become ``softcap * tanh(logits / softcap)``.
-        window: a key is visible iff ``0 <= query position - key position < window``. Positions of keys are a segment's ``positions`` if
-            given, else their index in table order; of queries ``query_positions`` int32 [T] if given, else ``length - n + i``.
-        mass_rows: int32 [B]; only the last ``mass_rows[b]`` rows of a sequence count towards the mass (None: all rows). The mass of a
-            key is the sum of its true probabilities, after the merge over all segments, over counted rows and the G heads reading it.
+        window: a key is visible iff ``0 <= query position - key position < window``. Positions of keys are a
+            segment's ``positions`` if given, else their index in table order; of queries ``query_positions``
+            int32 [T] if given, else ``length - n + i``.
+        mass_rows: int32 [B]; only the last ``mass_rows[b]`` rows of a sequence count towards the mass (None: all
+            rows). The mass of a key is the sum of its true probabilities, after the merge over all segments, over
+            the counted rows and the G heads reading it. It needs no T x T memory in any family.
 
-        A query that sees no key gets out 0 and lse -inf.
+        A query that sees no key, or that no sequence owns, gets out 0 and lse -inf.
+        Raises UsageError on shapes that do not fit; native kernels also on pages outside an arena.
         """
         ...
 
@@ -104,35 +109,36 @@ class Kernels(Protocol):
         page_stride: int = 1,
         page_offset: int = 0,
     ) -> None:
-        """Write new rows [T, H, D] into the arenas (rounding to their dtype).
+        """Write new rows [T, H, D] into the arenas, rounded to their dtype.
 
-        slots: int64 [T], ``block * block_size + offset`` with page = ``block * page_stride + page_offset + h``; or [T, H] in page space.
+        slots: int64 [T], ``block * block_size + offset``, where head ``h`` goes to page
+        ``block * page_stride + page_offset + h``; or [T, H] in page space.
         """
         ...
 
     def gather(self, arena: Tensor, slots: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rows [n, D] at int64 slots [n] of an arena [P, block_size, D], into ``out`` if given. Columns [P, block_size] give [n]."""
+        """Rows [n, D] at int64 slots [n] of an arena [P, block_size, D], into ``out`` if given; of a column [n]."""
         ...
 
     def scatter(self, rows: Tensor, arena: Tensor, slots: Tensor) -> None:
-        """Write rows [n, D] (or [n] for a column) at int64 slots [n] of an arena; with equal slots the last row wins."""
+        """Write rows [n, D] (of a column [n]) at int64 slots [n] of an arena; the slots must differ."""
         ...
 
     def move_slots(self, arena: Tensor, source: Tensor, target: Tensor) -> None:
-        """Copy slot ``source[i]`` to ``target[i]`` within an arena or column, strictly in order of ``i`` (in-place compaction)."""
+        """Copy slot ``source[i]`` to ``target[i]`` of an arena or column, strictly in order of ``i``; int64 [n] each."""
         ...
 
     def copy_pages(
         self, source_arena: Tensor, source_pages: Tensor, target_arena: Tensor, target_pages: Tensor
     ) -> None:
-        """Copy whole pages between arenas (or columns) of one dtype and page shape; int64 page ids [n] each."""
+        """Copy whole pages between arenas (or columns) of one dtype and page shape; int64 pages [n] each."""
         ...
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """Re-position rotated keys [n, D] by ``delta`` positions int [n]; a new tensor of the same dtype.
 
-        The first ``2 * len(inv_freq)`` dims are rotary: halves (default, GPT-NeoX and Llama style) or interleaved pairs (GPT-J style);
-        the rest is untouched. Exact for plain rotary embeddings (RoFormer, arXiv 2104.09864, section 3.2).
+        The first ``2 * len(inv_freq)`` dims are rotary: halves (GPT-NeoX and Llama style) or interleaved pairs
+        (GPT-J style); the rest is untouched. Exact for rotary embeddings (RoFormer, arXiv 2104.09864, section 3.2).
         """
         ...
 
@@ -140,7 +146,7 @@ class Kernels(Protocol):
 def check_attend(
     queries: Tensor, query_start: Tensor, segments: Sequence[Segment], query_positions: Tensor | None
 ) -> int:
-    """KV heads H shared by all segments; raises UsageError on shapes that do not fit (contents are not looked at)."""
+    """KV heads H shared by all segments; raises UsageError on shapes that do not fit (contents are not read)."""
     if not segments:
         raise UsageError("attend needs at least one segment")
     num_heads, num_query_heads = segments[0].num_heads, queries.shape[1]
@@ -150,9 +156,7 @@ def check_attend(
     for segment in segments:
         _check_segment(segment, num_sequences, num_heads, queries.shape[2])
     if query_positions is not None and query_positions.shape != queries.shape[:1]:
-        raise UsageError(
-            f"query_positions has shape {tuple(query_positions.shape)}, queries need [{queries.shape[0]}]"
-        )
+        raise UsageError(f"query_positions has shape {tuple(query_positions.shape)}, queries need [{queries.shape[0]}]")
     return num_heads
 
 
@@ -160,12 +164,14 @@ def _check_segment(segment: Segment, num_sequences: int, num_heads: int, head_di
     keys, values, tables = segment.keys, segment.values, segment.tables
     if keys.shape[:2] != values.shape[:2] or keys.dtype != values.dtype:
         raise UsageError(
-            f"keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} {values.dtype} must agree in pages, block size and dtype"
+            f"keys {tuple(keys.shape)} {keys.dtype} and values {tuple(values.shape)} {values.dtype} "
+            "must agree in pages, block size and dtype"
         )
     if keys.shape[2] != head_dim:
         raise UsageError(f"queries have head dim {head_dim}, the key arena has {keys.shape[2]}")
     lead = (num_sequences,) if segment.whole_blocks else (num_sequences, num_heads)
     if tables.shape[:-1] != lead or segment.lengths.shape != lead:
         raise UsageError(
-            f"tables {tuple(tables.shape)} and lengths {tuple(segment.lengths.shape)} do not fit {num_sequences} sequences, {num_heads} KV heads"
+            f"tables {tuple(tables.shape)} and lengths {tuple(segment.lengths.shape)} "
+            f"do not fit {num_sequences} sequences, {num_heads} KV heads"
         )

@@ -19,11 +19,6 @@ def instruction_sets() -> list[str]:
     return _native.instruction_sets()
 
 
-def advise_huge_pages(tensor: Tensor) -> bool:
-    """Ask for huge pages behind a tensor not yet written to; whether the system agreed."""
-    return _native.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-
-
 class CpuKernels:
     """C++ kernels for one instruction set; float32 sums for every storage dtype. See `kvwise.kernels.base.Kernels`."""
 
@@ -152,9 +147,7 @@ class CpuKernels:
         if out is None:
             out = torch.empty(shape, dtype=arena.dtype)
         elif out.shape != shape or out.dtype != arena.dtype or not out.is_contiguous():
-            raise UsageError(
-                f"out must be contiguous {shape} {arena.dtype}, got {tuple(out.shape)} {out.dtype}"
-            )
+            raise UsageError(f"out must be contiguous {shape} {arena.dtype}, got {tuple(out.shape)} {out.dtype}")
         slots = _longs(slots)
         _call(
             _native.gather,
@@ -169,9 +162,7 @@ class CpuKernels:
     def scatter(self, rows: Tensor, arena: Tensor, slots: Tensor) -> None:
         """See `Kernels.scatter`."""
         if rows.shape != (slots.shape[0], *arena.shape[2:]):
-            raise UsageError(
-                f"rows {tuple(rows.shape)} do not fit {len(slots)} slots of arena {tuple(arena.shape)}"
-            )
+            raise UsageError(f"rows {tuple(rows.shape)} do not fit {len(slots)} slots of arena {tuple(arena.shape)}")
         rows, slots = rows.to(arena.dtype).contiguous(), _longs(slots)
         threads = torch.get_num_threads()
         _call(_native.scatter, rows.data_ptr(), *_rows(arena), slots.data_ptr(), len(slots), threads)
@@ -249,9 +240,7 @@ def _call(function: Callable[..., None], *arguments: object) -> None:
 
 def _address(arena: Tensor) -> int:
     if not arena.is_contiguous():
-        raise UsageError(
-            f"an arena must be contiguous, got shape {tuple(arena.shape)} strides {arena.stride()}"
-        )
+        raise UsageError(f"an arena must be contiguous, got shape {tuple(arena.shape)} strides {arena.stride()}")
     return arena.data_ptr()
 
 
@@ -279,9 +268,7 @@ def _check_storage(segments: Sequence[Segment]) -> None:
     first = segments[0]
     for segment in segments:
         if segment.keys.dtype not in STORAGE:
-            raise UsageError(
-                f"pages of {segment.keys.dtype} cannot be read; use float32, bfloat16 or float16"
-            )
+            raise UsageError(f"pages of {segment.keys.dtype} cannot be read; use float32, bfloat16 or float16")
         if segment.keys.dtype != first.keys.dtype or segment.values.shape[2] != first.values.shape[2]:
             raise UsageError("all segments of one attend must share dtype and value dim")
         for column, dtype in ((segment.positions, torch.int32), (segment.mass, torch.float32)):

@@ -1,5 +1,6 @@
-"""The specification of the kernels in plain torch: any device, any dtype, float32 arithmetic, written to be read."""
+"""The specification of the kernels in plain torch: any device, float32 arithmetic, written to be read."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from kvwise.kernels.base import Attention, Segment, check_attend
 
-# Query rows handled at once: bounds the logits held to ROWS x keys, so that a long prompt needs no T x T matrix here either.
+# Query rows handled at once: the logits held are ROWS x keys, so that a long prompt needs no T x T matrix here either.
 ROWS = 256
 
 
@@ -23,6 +24,18 @@ class _View:
     lengths: Tensor  # int64 [H, 1, 1]
     positions: Tensor  # int64 [H, 1, S]
     segment: Segment
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How some query rows of one sequence look at keys."""
+
+    index: Tensor  # int64 [n] of the rows within the sequence
+    num_queries: int  # of the whole sequence
+    positions: Tensor | None  # int64 [n]
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 class ReferenceKernels:
@@ -48,35 +61,20 @@ class ReferenceKernels:
         num_tokens, num_query_heads, _ = queries.shape
         out = queries.new_zeros(num_tokens, num_query_heads, segments[0].values.shape[2])
         lse = queries.new_full((num_tokens, num_query_heads), -math.inf, dtype=torch.float32)
-        starts = query_start.tolist()
-        for b, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-            if first == last:
-                continue
-            views = [_view(segment, b, num_heads) for segment in segments]
+        for b, (first, last) in enumerate(itertools.pairwise(query_start.tolist())):
+            views = [_view(segment, b, num_heads) for segment in segments] if first < last else []
             counted_from = first if mass_rows is None else max(first, last - int(mass_rows[b]))
             for start in range(first, last, ROWS):
-                rows = slice(start, min(start + ROWS, last))
-                # [H, n, G, Dk]: the G heads that read one KV head side by side
-                grouped = queries[rows].float().unflatten(1, (num_heads, -1)).permute(1, 0, 2, 3)
-                index = torch.arange(rows.start, rows.stop, device=queries.device) - first
-                given = None if query_positions is None else query_positions[rows].long()
-                logits = [
-                    _logits(grouped, view, index, last - first, given, scale, window, softcap)
-                    for view in views
-                ]
-                total = torch.logsumexp(torch.cat(logits, dim=-1), dim=-1, keepdim=True)
-                # A row that sees nothing has total -inf; dividing by 1 instead keeps its probabilities at 0.
-                safe = torch.where(total == -math.inf, 0.0, total)
-                probs = [torch.exp(part - safe) for part in logits]
-                merged = sum(
-                    (torch.einsum("hngs,hsd->nhgd", p, v.values) for p, v in zip(probs, views, strict=True)),
-                    torch.zeros(()),
-                )
-                out[rows] = merged.flatten(1, 2).to(out.dtype)
-                lse[rows] = total.squeeze(-1).transpose(0, 1).flatten(1, 2)
-                counted = (index + first >= counted_from).float()
+                rows = torch.arange(start, min(start + ROWS, last), device=queries.device)
+                grouped = _grouped(queries[rows], num_heads)
+                positions = None if query_positions is None else query_positions[rows].long()
+                look = _Look(rows - first, last - first, positions, scale, window, softcap)
+                total, probs = _softmax([_logits(grouped, view, look) for view in views])
+                parts = [torch.einsum("hngs,hsd->nhgd", p, view.values) for p, view in zip(probs, views, strict=True)]
+                out[rows] = torch.stack(parts).sum(0).flatten(1, 2).to(out.dtype)
+                lse[rows] = total.transpose(0, 1).flatten(1, 2)
                 for part, view in zip(probs, views, strict=True):
-                    _add_mass(part, view, counted)
+                    _add_mass(part, view, (rows >= counted_from).float())
         return Attention(out, lse if want_lse else None)
 
     def append(
@@ -128,34 +126,32 @@ class ReferenceKernels:
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`."""
-        rotary_dim = 2 * inv_freq.numel()
+        half = inv_freq.numel()
         angles = delta.double()[:, None] * inv_freq.double()
         cos, sin = angles.cos().float(), angles.sin().float()
-        rotary = keys[:, :rotary_dim].float()
-        pairs = rotary.unflatten(1, (-1, 2)) if interleaved else rotary.unflatten(1, (2, -1)).transpose(1, 2)
-        x, y = pairs.unbind(-1)
-        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=-1 if interleaved else 1)
-        return torch.cat((turned.flatten(1).to(keys.dtype), keys[:, rotary_dim:]), dim=1)
+        rotary = keys[:, : 2 * half].float()
+        if interleaved:
+            x, y = rotary[:, 0::2], rotary[:, 1::2]
+        else:
+            x, y = rotary[:, :half], rotary[:, half:]
+        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=2 if interleaved else 1)
+        return torch.cat((turned.flatten(1).to(keys.dtype), keys[:, 2 * half :]), dim=1)
 
 
 def _view(segment: Segment, b: int, num_heads: int) -> _View:
     """Gather what sequence ``b`` holds of a segment, per head, padded to the longest head."""
     block_size = segment.keys.shape[1]
-    lengths = (
-        segment.lengths[b].long().expand(num_heads) if segment.whole_blocks else segment.lengths[b].long()
-    )
+    lengths = segment.lengths[b].long().expand(num_heads) if segment.whole_blocks else segment.lengths[b].long()
     table = segment.tables[b].long()
     index = torch.arange(int(lengths.max()), device=table.device)
     if segment.whole_blocks:
         heads = torch.arange(num_heads, device=table.device)[:, None]
         pages = table[index // block_size] * segment.page_stride + segment.page_offset + heads
     else:
-        # Heads shorter than the longest may have no table entry there: their slots are invisible, page 0 stands in.
+        # Heads shorter than the longest may have no table entry there: page 0 stands in, its slots are invisible.
         pages = torch.where(index < lengths[:, None], table[:, index // block_size], 0)
     slots = pages * block_size + index % block_size
-    positions = (
-        index.expand_as(slots) if segment.positions is None else segment.positions.flatten()[slots].long()
-    )
+    positions = index.expand_as(slots) if segment.positions is None else segment.positions.flatten()[slots].long()
     used = (index < lengths[:, None])[..., None]
     keys, values = (
         torch.where(used, arena.flatten(0, 1)[slots].float(), 0.0) for arena in (segment.keys, segment.values)
@@ -163,29 +159,34 @@ def _view(segment: Segment, b: int, num_heads: int) -> _View:
     return _View(keys, values, slots, lengths[:, None, None], positions[:, None, :], segment)
 
 
-def _logits(
-    grouped: Tensor,
-    view: _View,
-    index: Tensor,
-    num_queries: int,
-    query_positions: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Logits [H, n, G, S] of the query rows ``index`` over one view, -inf where a key is invisible."""
-    logits = torch.einsum("hngd,hsd->hngs", grouped, view.keys) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    slot = torch.arange(view.keys.shape[1], device=index.device)
-    row = index[None, :, None]
-    limit = view.lengths - num_queries + row + 1 if view.segment.causal else view.lengths
+def _grouped(queries: Tensor, num_heads: int) -> Tensor:
+    """[n, Hq, Dk] to float32 [H, n, G, Dk]: the G heads that read one KV head side by side."""
+    num_rows, num_query_heads, dim = queries.shape
+    return queries.float().view(num_rows, num_heads, num_query_heads // num_heads, dim).permute(1, 0, 2, 3)
+
+
+def _logits(grouped: Tensor, view: _View, look: _Look) -> Tensor:
+    """Logits [H, n, G, S] of some query rows over one view, -inf where a key is invisible."""
+    logits = torch.einsum("hngd,hsd->hngs", grouped, view.keys) * look.scale
+    if look.softcap is not None:
+        logits = look.softcap * torch.tanh(logits / look.softcap)
+    slot = torch.arange(view.keys.shape[1], device=logits.device)
+    own = view.lengths - look.num_queries + look.index[None, :, None]
+    limit = own + 1 if view.segment.causal else view.lengths
     visible = slot < torch.minimum(limit, view.lengths)
-    if window is not None:
-        at = view.lengths - num_queries + row if query_positions is None else query_positions[None, :, None]
+    if look.window is not None:
+        at = own if look.positions is None else look.positions[None, :, None]
         distance = at - view.positions
-        visible = visible & (distance >= 0) & (distance < window)
+        visible = visible & (distance >= 0) & (distance < look.window)
     return logits.masked_fill(~visible[:, :, None, :], -math.inf)
+
+
+def _softmax(logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Log-sum-exp [H, n, G] over all views together, and each view's share of the probabilities."""
+    total = torch.logsumexp(torch.cat(logits, dim=-1), dim=-1)
+    # A row that sees nothing has total -inf; 0 in its place keeps its probabilities at 0.
+    shift = torch.where(total == -math.inf, 0.0, total)[..., None]
+    return total, [torch.exp(part - shift) for part in logits]
 
 
 def _add_mass(probs: Tensor, view: _View, counted: Tensor) -> None:

@@ -37,10 +37,16 @@ class Observer(Protocol):
 
 
 class StepBatch:
-    """What travels with one forward pass: `attend` is called once a layer by the hook in `models/hook.py`."""
+    """What travels with one forward pass: `attend` is called once a layer by the hook in `models/hook.py`.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    `sound` bool [T], once the last layer has attended: whether a token's KV is made of finite numbers. What goes
+    wrong in an earlier layer reaches the token's keys, values or answer in the last one through the residual stream.
+    """
+
+    def __init__(self, parts: Sequence[Part], num_layers: int) -> None:
         self.parts = parts
+        self.sound: Tensor | None = None
+        self._last_layer = num_layers - 1
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None,
@@ -54,7 +60,11 @@ class StepBatch:
             )
             for part in self.parts
         ]  # fmt: skip
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        if layer == self._last_layer:
+            sums = [t.sum((1, 2), dtype=torch.float32) for t in (keys, values, out)]
+            self.sound = torch.stack(sums).isfinite().all(0)
+        return out
 
     def look_ahead(self, layer: int, ask: "AskAhead") -> None:
         """The input of `layer` is known: parts that guess the next layer's queries may start now."""

@@ -71,17 +71,13 @@ def _indexed_shards(folder: Path) -> tuple[Path, ...]:
         raise UsageError(f"{path} is not an index of weights: {one_line(error)}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", "..", "."):
-            raise UsageError(
-                f"{path} names the file {name!r}; a shard must be a plain file name in the same folder"
-            )
+            raise UsageError(f"{path} names the file {name!r}; a shard must be a plain file name in the same folder")
         if not name.endswith(".safetensors"):
             raise UsageError(f"{path} names the file {name!r}; only safetensors are read")
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing or not names:
         which = missing[0] if missing else "any"
-        raise UsageError(
-            f"{folder} lacks {which} ({len(missing)} of {len(names)} shards missing): download it again"
-        )
+        raise UsageError(f"{folder} lacks {which} ({len(missing)} of {len(names)} shards missing): download it again")
     return tuple(folder / name for name in sorted(names))
 
 

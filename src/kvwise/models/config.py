@@ -21,9 +21,7 @@ LIMITS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), _LAYERS),
         **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), _WIDTH),
-        **dict.fromkeys(
-            ("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"), _HEADS
-        ),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"), _HEADS),
         **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), (1, 2_000_000)),
         **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), (1, 100_000_000)),
         "head_dim": (1, 4_096),
@@ -102,7 +100,5 @@ def _check_type(path: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> 
     if model_type not in CONFIG_MAPPING and "auto_map" not in raw:
         raise UnsupportedModel(f"{path}: this version of transformers knows no model type {model_type!r}")
     if model_type in CONFIG_MAPPING and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedModel(
-            f"{path}: model type {model_type!r} has no causal language model in transformers"
-        )
+        raise UnsupportedModel(f"{path}: model type {model_type!r} has no causal language model in transformers")
     return model_type

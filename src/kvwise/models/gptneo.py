@@ -20,9 +20,7 @@ class BatchSlot:
     def __init__(self) -> None:
         self.batch: AttentionBatch | None = None
 
-    def fill(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def fill(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Pre-hook of the model: takes `batch` out of the keywords."""
         self.batch = kwargs.pop("batch")
         return args, kwargs
@@ -62,9 +60,7 @@ class HookedSelfAttention(nn.Module):
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out, _ = attention(
-            self, query, key, value, None, scaling=1.0, sliding_window=self.window, batch=batch
-        )
+        out, _ = attention(self, query, key, value, None, scaling=1.0, sliding_window=self.window, batch=batch)
         return self.out_proj(out.flatten(2)), None
 
 

@@ -59,9 +59,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device={name!r} cannot be used here ({one_line(error)}); cpu always can"
-        ) from error
+        raise UsageError(f"device={name!r} cannot be used here ({one_line(error)}); cpu always can") from error
     return device
 
 
@@ -72,14 +70,10 @@ def _random_config(name: str) -> PreTrainedConfig:
     if short.endswith("-tiny") and short.removesuffix("-tiny") in ARCHITECTURES:
         return tiny_config(short.removesuffix("-tiny"))
     known = ", ".join(random.RANDOM_MODELS)
-    raise UsageError(
-        f"no random model is called {short!r}: known are {known}, and <model type>-tiny of docs/models.md"
-    )
+    raise UsageError(f"no random model is called {short!r}: known are {known}, and <model type>-tiny of docs/models.md")
 
 
-def _load_random(
-    name: str, config: PreTrainedConfig, dtype: str, device: torch.device, seed: int
-) -> LoadedModel:
+def _load_random(name: str, config: PreTrainedConfig, dtype: str, device: torch.device, seed: int) -> LoadedModel:
     chosen = choose_dtype(dtype, torch.float32, device)
     try:
         model = random.build(config, seed, check_size=lambda num: _check_fits(name, num, chosen, device))
@@ -182,10 +176,8 @@ def _tokenizer(checkpoint: Checkpoint, model: PreTrainedModel, trust_remote_code
 
 def _check_fits(name: str, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
     needed = num_elements * dtype.itemsize
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > available:
         raise UsageError(
             f"{name} has {needed / 2**30:.1f} GiB of weights in {str(dtype).removeprefix('torch.')},"
@@ -237,9 +229,7 @@ def _max_model_len(config: Any, name: str) -> int:
             config, "original_max_position_embeddings", None
         )
         if original is not None and original < length:
-            _log.warning(
-                "%s: positions beyond %d change the rotation of earlier ones; it is the limit", name, original
-            )
+            _log.warning("%s: positions beyond %d change the rotation of earlier ones; it is the limit", name, original)
             length = int(original)
     return length
 

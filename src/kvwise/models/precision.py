@@ -31,9 +31,7 @@ def choose_dtype(asked: str, checkpoint: torch.dtype, device: torch.device) -> t
     if asked == "auto":
         if computes_fast(checkpoint, device):
             return checkpoint
-        _log.warning(
-            "the weights are %s, which this CPU computes slowly: they are held in float32", _name(checkpoint)
-        )
+        _log.warning("the weights are %s, which this CPU computes slowly: they are held in float32", _name(checkpoint))
         return torch.float32
     if asked not in DTYPES:
         raise UsageError(f"dtype={asked!r} is not known: use auto, float32, bfloat16 or float16")

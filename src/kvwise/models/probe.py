@@ -49,13 +49,9 @@ class ProbeBatch:
         """See AttentionBatch."""
         num_query_heads, head_dim = queries.shape[1:]
         self.value_dims.add(values.shape[2])
-        seen = LayerAttention(
-            self._current(), num_query_heads, keys.shape[1], head_dim, scale, window, softcap
-        )
+        seen = LayerAttention(self._current(), num_query_heads, keys.shape[1], head_dim, scale, window, softcap)
         self.calls.append((layer, seen))
-        parts = zip(
-            *(torch.split(tensor, list(self._lengths)) for tensor in (queries, keys, values)), strict=True
-        )
+        parts = zip(*(torch.split(tensor, list(self._lengths)) for tensor in (queries, keys, values)), strict=True)
         return torch.cat([_dense(q, k, v, scale, window, softcap) for q, k, v in parts])
 
 

@@ -30,9 +30,7 @@ _BIAS_STD = 0.1
 _UNPRINTABLE = 0.3
 
 
-def _llama(
-    hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int = BYTE_VOCAB
-) -> LlamaConfig:
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int = BYTE_VOCAB) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,

@@ -90,9 +90,7 @@ class QueryAhead:
                 return
             given = dict(kwargs)
             hidden = args[0] if args else given.pop("hidden_states")
-            batch.look_ahead(
-                layer, lambda other, rows: self.query(other, hidden, given, source=layer, rows=rows)
-            )
+            batch.look_ahead(layer, lambda other, rows: self.query(other, hidden, given, source=layer, rows=rows))
 
         return tell
 

@@ -51,9 +51,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             _row("llama", "Llama 1-3, TinyLlama, SmolLM", "rotary"),
             _row("mistral", "Mistral", "rotary", "all layers", sliding_window=8),
             _row("qwen2", "Qwen 1.5, 2, 2.5", "rotary", "some layers, if switched on", "bias on q, k, v"),
-            _row(
-                "qwen3", "Qwen 3", "rotary", "some layers, if switched on", "RMS norm of q and k", head_dim=16
-            ),
+            _row("qwen3", "Qwen 3", "rotary", "some layers, if switched on", "RMS norm of q and k", head_dim=16),
             _row("gemma", "Gemma 1", "rotary", notes="scaled embeddings", head_dim=16),
             _row(
                 "gemma2",
@@ -77,9 +75,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                 sliding_window=8,
                 layer_types=list(_ALTERNATE),
             ),
-            _row(
-                "phi3", "Phi-3, Phi-4", "rotary", "all layers", "q, k, v in one projection", sliding_window=8
-            ),
+            _row("phi3", "Phi-3, Phi-4", "rotary", "all layers", "q, k, v in one projection", sliding_window=8),
             _row(
                 "opt",
                 "OPT",

@@ -54,9 +54,7 @@ class ByteTokenizer:
         try:
             data = list(text.encode())
         except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the text has a lone surrogate at character {error.start}: it is not Unicode"
-            ) from None
+            raise UsageError(f"the text has a lone surrogate at character {error.start}: it is not Unicode") from None
         return [self.bos_token_id, *data] if add_special else data
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -93,17 +91,13 @@ class HuggingFaceTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """See Tokenizer."""
-        text: str = self.inner.decode(
-            token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-        )
+        text: str = self.inner.decode(token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """By the model's own template; a missing or broken one is a UsageError."""
         if not self.inner.chat_template:
-            raise UsageError(
-                "the model has no chat template: send the prompt as plain text instead of messages"
-            )
+            raise UsageError("the model has no chat template: send the prompt as plain text instead of messages")
         try:
             text = self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's author: it may raise anything
@@ -132,8 +126,9 @@ class Detokenizer:
         """The text that `token_ids` make certain."""
         self._window.extend(token_ids)
         text = self._pending()
-        whole = not text.endswith(UNFINISHED)
-        piece = text[self._num_emitted : None if whole else -1]
+        piece = text[self._num_emitted : -1 if text.endswith(UNFINISHED) else None]
+        # A window that gave no text stays: as context, a special token would hide the word before it.
+        whole = self._num_emitted + len(piece) == len(text) > 0
         if whole or len(self._window) > self.MAX_WINDOW:
             piece = text[self._num_emitted :]
             self._window = self._window[self._num_context :]

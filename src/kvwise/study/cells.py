@@ -178,9 +178,7 @@ def _filled(block: Block) -> Iterator[tuple[str, str, float | None]]:
             yield template, template, _own_budget(template)
             continue
         if not block.budgets:
-            raise PlanError(
-                f"block {block.name!r}: strategy {template!r} needs budgets; add `budgets = [0.2]`"
-            )
+            raise PlanError(f"block {block.name!r}: strategy {template!r} needs budgets; add `budgets = [0.2]`")
         for budget in block.budgets:
             yield template.replace("{budget}", f"{budget:g}"), framework_of(template), budget
 

@@ -1,6 +1,6 @@
 """What the study needs of an engine and of the place that makes them: tests give it a fake one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,8 +87,8 @@ class Bench(Protocol):
         """StrategyError if `text` is no strategy."""
         ...
 
-    def named_methods(self, text: str) -> tuple[str, ...]:
-        """The methods a strategy names that are not what an axis does anyway."""
+    def idle_methods(self, text: str, did: Mapping[str, int], tokens_reused: int) -> tuple[str, ...]:
+        """The methods that strategy `text` names and that, by these attested counts, did nothing."""
         ...
 
     def facts(self, model: str) -> ModelFacts:

@@ -11,9 +11,7 @@ from kvwise.core.params import SamplingParams
 from kvwise.study.face import EngineFace
 from kvwise.study.workloads import Job
 
-MAX_CLOSING_STEPS = (
-    100  # an engine that still owes outputs after so many steps behind an abort will never pay
-)
+MAX_CLOSING_STEPS = 100  # an engine that still owes outputs after so many steps behind an abort will never pay
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +108,7 @@ class _Driver:
         return min(ready for i in self._waiting if (ready := self._ready(i)) is not None)
 
     def _send_due(self, now: float) -> None:
-        room = (
-            len(self._jobs) if self._pace.concurrency is None else self._pace.concurrency - len(self._running)
-        )
+        room = len(self._jobs) if self._pace.concurrency is None else self._pace.concurrency - len(self._running)
         due = [(ready, i) for i in self._waiting if (ready := self._ready(i)) is not None and ready <= now]
         for ready, index in sorted(due)[: max(room, 0)]:
             self._waiting.remove(index)

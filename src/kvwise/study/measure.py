@@ -68,7 +68,7 @@ class CellRunner:
         row = result.tables["cells"][0]
         if row["num_errors"] == len(jobs):
             raise RequestError(next(r["error"] for r in result.tables["requests"] if r["error"]))
-        self._require_work(cell, row["did"])
+        self._require_work(cell, result)
         return result
 
     def _pace(self, cell: Cell) -> Pace:
@@ -83,8 +83,9 @@ class CellRunner:
             open_loop=cell.rate != float("inf"),
         )
 
-    def _require_work(self, cell: Cell, did: dict[str, int]) -> None:
-        idle = [name for name in self._bench.named_methods(cell.strategy) if did.get(name, 0) == 0]
+    def _require_work(self, cell: Cell, result: CellResult) -> None:
+        row = result.tables["cells"][0]
+        idle = self._bench.idle_methods(cell.strategy, row["did"], row["tokens_reused"])
         if idle:
             raise IdleMethod(
                 f"{' and '.join(idle)} did nothing in this cell (prompts too short for the budget, or nothing to share)"
@@ -102,7 +103,7 @@ class CellRunner:
         with closing(self._bench.engine(cell.model, cell.strategy, memory)) as engine:
             measured = agreement(engine, full)
         result = quality_result(cell, measured, facts, self.clock.now() - began)
-        self._require_work(cell, result.tables["cells"][0]["did"])
+        self._require_work(cell, result)
         return result
 
     def _reference(self, cell: Cell, facts: ModelFacts, memory: int) -> Reference:

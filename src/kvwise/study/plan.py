@@ -200,17 +200,13 @@ def default_plan_text() -> str:
 def read_plan(path: Path) -> Plan:
     """Read a plan file; PlanError in one line if it cannot be."""
     if not path.is_file():
-        raise PlanError(
-            f"{path} is no file; give a plan in TOML (`kvwise study plan --toml` prints one to start from)"
-        )
+        raise PlanError(f"{path} is no file; give a plan in TOML (`kvwise study plan --toml` prints one to start from)")
     if path.stat().st_size > MAX_PLAN_BYTES:
         raise PlanError(f"{path} has {path.stat().st_size} bytes; a plan may have at most {MAX_PLAN_BYTES}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PlanError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
+        raise PlanError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error.strerror or error}") from error
     return read_plan_text(text, str(path))
@@ -238,9 +234,7 @@ def _check(plan: Plan, where: str) -> None:
     """What types cannot say."""
     names = [block.name for block in plan.block]
     if len(set(names)) < len(names):
-        raise PlanError(
-            f"{where}: two blocks are called {max(names, key=names.count)!r}; give each its own name"
-        )
+        raise PlanError(f"{where}: two blocks are called {max(names, key=names.count)!r}; give each its own name")
     for block in plan.block:
         try:
             _check_block(block)
@@ -268,9 +262,7 @@ def _check_block(block: Block) -> None:
     for memory in block.memory:
         parse_memory(memory)
     if block.load.min_requests > block.load.max_requests:
-        raise PlanError(
-            f"load.min_requests={block.load.min_requests} is above max_requests={block.load.max_requests}"
-        )
+        raise PlanError(f"load.min_requests={block.load.min_requests} is above max_requests={block.load.max_requests}")
 
 
 def parse_memory(text: str) -> tuple[Literal["auto", "bytes", "tokens"], int]:

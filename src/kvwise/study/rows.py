@@ -72,6 +72,7 @@ TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
         "peak_resident_bytes": _WHOLE,
         "links": pa.map_(_TEXT, _TEXT),
         "did": _COUNTS,
+        "tokens_reused": _WHOLE,
         "num_parameters": _WHOLE,
         "kv_token_bytes": _WHOLE,
     },
@@ -180,6 +181,7 @@ def live_result(cell: Cell, jobs: Sequence[Job], drive: Drive, facts: ModelFacts
         "output_tokens": sum(r["output_tokens"] for r in requests),
         "prompt_tokens": sum(r["prompt_tokens"] for r in ended),
         "did": _total(r["did"] for r in requests),
+        "tokens_reused": sum(r.get("tokens_reused", 0) for r in requests),
         "num_parameters": facts.num_parameters,
         "kv_token_bytes": facts.kv_token_bytes,
     }  # fmt: skip
@@ -198,6 +200,7 @@ def quality_result(cell: Cell, measured: Agreement, facts: ModelFacts, wall_s: f
         "num_requests": len(measured.outputs),
         "num_finished": len(measured.outputs),
         "did": _total(o.attestation.did for o in measured.outputs),
+        "tokens_reused": sum(o.attestation.tokens_reused for o in measured.outputs),
         "num_parameters": facts.num_parameters,
         "kv_token_bytes": facts.kv_token_bytes,
     }

@@ -150,5 +150,3 @@ def reason_of(error: BaseException) -> str:
     """An exception as one line."""
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text[:400]}"
-
-

@@ -52,9 +52,7 @@ def trace_prompt(
     sizes = np.full(len(request.hash_ids), block_size)
     sizes[-1] = request.input_length - block_size * (len(sizes) - 1)
     parts = [
-        np.random.default_rng((seed, 0, hash_id)).integers(
-            0, vocab_size, size=max(1, round(size * length_scale))
-        )
+        np.random.default_rng((seed, 0, hash_id)).integers(0, vocab_size, size=max(1, round(size * length_scale)))
         for hash_id, size in zip(request.hash_ids, sizes, strict=True)
     ]
     return np.concatenate(parts)
@@ -123,9 +121,7 @@ def _check_length(value: Any, name: str, where: str) -> int:
     return int(value)
 
 
-def _check_hashes(
-    request: TraceRequest, seen: dict[int, tuple[int | None, int]], block_size: int, where: str
-) -> None:
+def _check_hashes(request: TraceRequest, seen: dict[int, tuple[int | None, int]], block_size: int, where: str) -> None:
     """Each block's id stands behind one prefix and for one number of tokens (`seen`: id -> parent, tokens)."""
     wanted = -(-request.input_length // block_size)
     if len(request.hash_ids) != wanted:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from kvwise.core.clock import Clock, MonotonicClock
 from kvwise.core.config import EngineConfig, parse_bytes
 from kvwise.core.errors import RequestError
+from kvwise.core.method import Axis
 from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.engine.engine import Engine
@@ -51,9 +52,10 @@ class Workbench:
         """StrategyError if `text` is no strategy."""
         parse(text)
 
-    def named_methods(self, text: str) -> tuple[str, ...]:
-        """The methods a strategy names that are not what an axis does anyway."""
-        return tuple(method.name for method in parse(text).methods() if not method.default)
+    def idle_methods(self, text: str, did: Mapping[str, int], tokens_reused: int) -> tuple[str, ...]:
+        """The methods that strategy `text` names and that, by these attested counts, did nothing."""
+        named = (method for method in parse(text).methods() if not method.default)
+        return tuple(m.name for m in named if not did.get(m.name) and not (m.axis is Axis.REUSE and tokens_reused))
 
     def facts(self, model: str) -> ModelFacts:
         """Load a model (once) and say what it is."""
@@ -90,9 +92,7 @@ class Workbench:
 
     def _load(self, model: str) -> LoadedModel:
         if model not in self._held:
-            loaded = load_model(
-                model, dtype=self._plan.dtype, device=self._plan.engine.device, seed=self._plan.seed
-            )
+            loaded = load_model(model, dtype=self._plan.dtype, device=self._plan.engine.device, seed=self._plan.seed)
             room = psutil.virtual_memory().total * HELD_SHARE - loaded.weight_bytes
             while self._held and sum(held.weight_bytes for held in self._held.values()) > room:
                 del self._held[next(iter(self._held))]
@@ -117,9 +117,7 @@ class Workbench:
         finally:
             engine.close()
 
-    def _generate_plain(
-        self, model: str, cached: bool, prompt: Sequence[int], output_tokens: int
-    ) -> OnOffRun:
+    def _generate_plain(self, model: str, cached: bool, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
         plain = self._plain_model(model)
         ids = torch.tensor([list(prompt)])
         stamp = _FirstToken(self.clock)

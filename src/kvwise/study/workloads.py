@@ -49,10 +49,7 @@ def cell_jobs(cell: Cell, *, seed: int, vocab_size: int) -> list[Job]:
     if isinstance(cell.workload, Chat):
         return _chat_jobs(cell.workload, cell.context, times, rng, vocab_size)
     prompts = _plain_prompts(cell.workload, cell.context, count, rng, vocab_size)
-    return [
-        Job(i, float(times[i]), prompt, tokens, session)
-        for i, (session, prompt, tokens) in enumerate(prompts)
-    ]
+    return [Job(i, float(times[i]), prompt, tokens, session) for i, (session, prompt, tokens) in enumerate(prompts)]
 
 
 def num_requests(rate: float | None, load: Load) -> int:
@@ -74,9 +71,7 @@ def sample_prompts(context: int, count: int, *, seed: int, vocab_size: int) -> l
     return [rng.integers(0, vocab_size, size=context) for _ in range(count)]
 
 
-def _chat_jobs(
-    chat: Chat, context: int, times: np.ndarray, rng: np.random.Generator, vocab: int
-) -> list[Job]:
+def _chat_jobs(chat: Chat, context: int, times: np.ndarray, rng: np.random.Generator, vocab: int) -> list[Job]:
     count = len(times)
     systems = [rng.integers(0, vocab, size=context) for _ in range(chat.system_prompts)]
     asked = draw(chat.turn_tokens, count, rng)
@@ -129,9 +124,7 @@ def _plain_prompts(
     if isinstance(workload, Document):
         asked = draw(workload.question_tokens, count, rng)
         outputs = draw(workload.answer_tokens, count, rng)
-        documents = [
-            rng.integers(0, vocab, size=context) for _ in range(math.ceil(count / workload.questions))
-        ]
+        documents = [rng.integers(0, vocab, size=context) for _ in range(math.ceil(count / workload.questions))]
         order = rng.permutation(np.arange(count) // workload.questions)
         for document, question, output in zip(order, asked, outputs, strict=True):
             prompt = np.concatenate([documents[document], rng.integers(0, vocab, size=question)])
@@ -146,11 +139,7 @@ def _plain_lengths(
     workload: Random | Pairs, context: int, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(workload, Random):
-        inputs = (
-            np.full(count, context)
-            if workload.input_tokens is None
-            else draw(workload.input_tokens, count, rng)
-        )
+        inputs = np.full(count, context) if workload.input_tokens is None else draw(workload.input_tokens, count, rng)
         return np.minimum(inputs, context), draw(workload.answer_tokens, count, rng)
     columns = read_columns(Path(workload.file), (workload.input_column, workload.output_column))
     rows = rng.integers(0, len(columns[workload.input_column]), size=count)
@@ -177,9 +166,7 @@ def _trace_jobs(cell: Cell, trace: TraceFile, seed: int, vocab: int) -> list[Job
                 vocab_size=vocab,
                 seed=seed,
             ),
-            output_tokens=min(
-                max(1, round(request.output_length * trace.length_scale)), trace.max_output_tokens
-            ),
+            output_tokens=min(max(1, round(request.output_length * trace.length_scale)), trace.max_output_tokens),
             session=index,
         )
         for index, request in enumerate(requests)

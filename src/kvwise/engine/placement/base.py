@@ -6,6 +6,8 @@ from typing import Protocol
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.models.attention import Observer, Part
 
+Failure = tuple[Seq, Exception]  # a request whose method raised, and what
+
 
 class Placement(Protocol):
     """Takes over a sequence when its prefill has ended (`settle`) and answers for it until it is released.
@@ -20,6 +22,10 @@ class Placement(Protocol):
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
         """Why a request of `num_prompt` tokens that may grow to `num_tokens` can never be held, or None."""
+        ...
+
+    def admit(self, sequence: Seq) -> bool:
+        """Hold what a sequence about to start needs outside the device pool. False: no room now, nothing is held."""
         ...
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
@@ -38,11 +44,11 @@ class Placement(Protocol):
         """How a step reaches the KV of settled, decoding sequences (one new token each)."""
         ...
 
-    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> None:
+    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> list[Failure]:
         """The step's prompt tokens are computed (committed); nothing has settled yet."""
         ...
 
-    def after_decode_step(self, sequences: Sequence[Seq]) -> None:
+    def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """The step's new tokens of settled sequences are stored and have attended."""
         ...
 

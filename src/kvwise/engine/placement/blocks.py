@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from kvwise.engine.placement.base import Failure
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.models.attention import Observer, Part
 
@@ -17,6 +18,10 @@ class BlockPlacement:
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
         """The pool's own limit is all there is."""
         return None
+
+    def admit(self, sequence: Seq) -> bool:
+        """Nothing is needed outside the pool."""
+        return True
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
         """Nobody looks."""
@@ -34,11 +39,13 @@ class BlockPlacement:
         """Never asked: nothing is settled."""
         raise AssertionError("no sequence is settled")
 
-    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> None:
+    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> list[Failure]:
         """Nothing to do."""
+        return []
 
-    def after_decode_step(self, sequences: Sequence[Seq]) -> None:
+    def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """Nothing to do."""
+        return []
 
     def release(self, sequence: Seq) -> None:
         """Nothing is held."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvwise.cache.manager import CacheManager
+from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.compact import compact, slots_of
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.kernels.base import Kernels
@@ -43,8 +44,25 @@ class PagePlacement:
         self._capacity = torch.zeros(max_rows, dtype=torch.int32, device=self._device)
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
-        """After prefill a request only shrinks: the pool's limit on the prompt is all there is."""
-        return None
+        """The pool must hold all a head may ever keep, and the token being added (a window can outgrow the prompt)."""
+        layout = self._arena.layout
+        most = self._most(num_prompt, num_tokens)
+        if layout.num_blocks_for(most) <= self._arena.num_blocks:
+            return None
+        return (
+            f"{self._retention} keeps up to {most} tokens of a prompt of {num_prompt} tokens and its output, and the "
+            f"pool holds {self._arena.num_blocks * layout.block_size}: raise kv_cache_memory_bytes or keep fewer"
+        )
+
+    def _most(self, num_prompt: int, num_tokens: int) -> int:
+        """Slots a head of a request of `num_prompt` tokens that may grow to `num_tokens` can need at once."""
+        capacity = self._retention.capacity(num_prompt)
+        assert capacity is not None
+        return min(capacity, num_tokens) + 1
+
+    def admit(self, sequence: Seq) -> bool:
+        """Nothing is needed outside the pool."""
+        return True
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
         """Nobody looks: the mass column sees every row."""
@@ -61,7 +79,7 @@ class PagePlacement:
         blocks = self._block_table(sequence.row, num_tokens)
         kept = self._kept(blocks, num_tokens, capacity)
         counts = kept.sum(-1)
-        pages = self._cache.paginate(sequence.row, self._num_pages(sequence, capacity))
+        pages = self._cache.paginate(sequence.row, self._num_pages(sequence))
         if pages is None:
             return False
         tables = torch.from_numpy(pages).to(self._device)
@@ -91,11 +109,10 @@ class PagePlacement:
             )
         return kept
 
-    def _num_pages(self, sequence: Seq, capacity: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-        """Pages [L, H] for all a head may ever hold: its capacity and the token being added."""
-        layout = self._arena.layout
-        most = min(capacity, sequence.num_prompt + sequence.params.max_tokens)
-        return np.full(self._shape, layout.num_blocks_for(most + 1), dtype=np.int64)
+    def _num_pages(self, sequence: Seq) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """Pages [L, H] for all a head may ever hold."""
+        most = self._most(sequence.num_prompt, sequence.num_prompt + sequence.params.max_tokens)
+        return np.full(self._shape, self._arena.layout.num_blocks_for(most), dtype=np.int64)
 
     def _remember(self, row: int, tables: Tensor, counts: Tensor, capacity: int) -> None:
         num_entries = tables.shape[-1]
@@ -150,19 +167,35 @@ class PagePlacement:
         if self.wants_mass:
             self._arena.columns["mass"].view(-1)[slots] = 0.0
 
-    def after_decode_step(self, sequences: Sequence[Seq]) -> None:
+    def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """Where a head holds more than it may, the method names a victim; elsewhere the next token goes to the end."""
         index = torch.tensor([s.row for s in sequences], device=self._device)
         used = self._used[index]
         over = used > self._capacity[index][:, None, None]
-        write = used
-        if bool(over.any()):
+        self._write[index] = used
+        late = [s for s, is_over in zip(sequences, over.flatten(1).any(1).tolist(), strict=True) if is_over]
+        failures = self._evict(late) if late else []
+        for sequence, num_over in zip(sequences, over.sum((1, 2)).tolist(), strict=True):
+            sequence.attestation.tokens_dropped += num_over
+            sequence.attestation.did[self._retention.name] += num_over
+        return failures
+
+    def _evict(self, sequences: Sequence[Seq]) -> list[Failure]:
+        """Let the method name the victims of requests that hold more than they may."""
+        index = torch.tensor([s.row for s in sequences], device=self._device)
+        used = self._used[index]
+        try:
             victims = self._retention.victims(self._view(index, sequences)).to(torch.int32)
-            write = torch.where(over, victims, used)
-            for sequence, num_over in zip(sequences, over.sum((1, 2)).tolist(), strict=True):
-                sequence.attestation.tokens_dropped += num_over
-                sequence.attestation.did[self._retention.name] += num_over
-        self._write[index] = write
+            if victims.shape != used.shape or bool(((victims < 0) | (victims >= used)).any()):
+                raise ValueError(f"{self._retention.name} named a victim that is no slot in use")
+        except Exception as error:  # a method is somebody's code: it may raise anything
+            if len(sequences) == 1:
+                return [(sequences[0], error)]
+            # Asked one by one, only the requests that it fails on suffer.
+            return [failure for sequence in sequences for failure in self._evict([sequence])]
+        over = used > self._capacity[index][:, None, None]
+        self._write[index] = torch.where(over, victims, used)
+        return []
 
     def _view(self, index: Tensor, sequences: Sequence[Seq]) -> DecodeView:
         size = self._arena.layout.block_size
@@ -176,8 +209,9 @@ class PagePlacement:
 
     # -- the rest -----------------------------------------------------------------------------------------------
 
-    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> None:
+    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> list[Failure]:
         """Nothing to do: masses were accumulated by the kernel."""
+        return []
 
     def kept_positions(self, sequence: Seq) -> list[list[list[int]]]:
         """Logical positions held by each layer and head, sorted: what the method has kept so far."""

@@ -1,7 +1,7 @@
 """Recall: a request's KV moves to host memory after prefill; each layer fetches the tokens a selection method names."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvwise.cache.manager import CacheManager
+from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.compact import compact
 from kvwise.engine.placement.recall_part import RecallPart
 from kvwise.engine.placement.staging import Staging
@@ -70,6 +71,7 @@ class RecallPlacement:
         self._fetch_link = fetch_link
         self._store_link = store_link
         self._held: dict[Seq, _Held] = {}
+        self.failures: dict[Seq, Exception] = {}  # what the index raised in this step, by request
         layout = arena.layout
         # Two buffers, used by turns: one is read by the layer that runs while the next layer's rows arrive.
         self._staging = [Staging(layout, arena.keys.dtype, arena.keys.device) for _ in range(2)]
@@ -77,36 +79,49 @@ class RecallPlacement:
     # -- admission ----------------------------------------------------------------------------------------------
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
-        """The host must be able to hold all tokens of a request."""
-        have = self.host.num_blocks * self.host.layout.block_size
-        if num_tokens <= have:
-            return None
-        return (
-            f"prompt of {num_prompt} tokens and its output need {num_tokens} tokens of host KV and the host tier holds "
-            f"{have}: raise kv_offloading_bytes, or lower max_tokens"
-        )
+        """The host must hold all tokens of a request, and the device those of the full layers."""
+        layout = self.arena.layout
+        have = self.host.num_blocks * layout.block_size
+        if num_tokens > have:
+            return (
+                f"prompt of {num_prompt} tokens and its output need {num_tokens} tokens of host KV and the host tier "
+                f"holds {have}: raise kv_offloading_bytes, or lower max_tokens"
+            )
+        if int(self._num_pages(num_tokens).sum()) > self.arena.num_blocks * layout.pages_per_block:
+            return (
+                f"prompt of {num_prompt} tokens and its output need {num_tokens} tokens of device KV in "
+                f"{self.selection.num_full_layers} of {layout.num_layers} layers: raise kv_cache_memory_bytes, or lower "
+                "max_tokens"
+            )
+        return None
+
+    def admit(self, sequence: Seq) -> bool:
+        """Have a row in the host's cache with room for the prompt and its first token."""
+        keys = self._host_cache.keys(np.empty(0, dtype=np.int64))
+        row = self._host_cache.admit(self._host_cache.match(keys, 1), keys, 1)
+        if not self._host_cache.reserve(row, len(sequence.tokens) + 1):
+            self._host_cache.release(row)
+            return False
+        self._held[sequence] = _Held(row)
+        return True
 
     # -- prefill ------------------------------------------------------------------------------------------------
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
         """The index sees each sequence's share of the flat batch."""
-        return _PromptObserver(self.index, prefills, self.selection.num_full_layers) if prefills else None
+        return _PromptObserver(self, prefills) if prefills else None
 
-    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> None:
+    def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> list[Failure]:
         """Begin to copy the blocks that have become full to the host."""
         for sequence, _ in prefills:
             size = self.arena.layout.block_size
-            if self._hold(sequence):
-                self._begin_store(sequence, sequence.num_computed // size * size)
+            self._begin_store(sequence, sequence.num_computed // size * size)
+        return self._failed()
 
-    def _hold(self, sequence: Seq) -> bool:
-        """Have a row in the host's cache with room for the prompt; False if the host is full at present."""
-        held = self._held.get(sequence)
-        if held is None:
-            keys = self._host_cache.keys(np.empty(0, dtype=np.int64))
-            row = self._host_cache.admit(self._host_cache.match(keys, 1), keys, 1)
-            held = self._held[sequence] = _Held(row)
-        return self._host_cache.reserve(held.host_row, len(sequence.tokens))
+    def _failed(self) -> list[Failure]:
+        failed = list(self.failures.items())
+        self.failures.clear()
+        return failed
 
     def _begin_store(self, sequence: Seq, until: int) -> None:
         """Copy the blocks that hold tokens `num_stored` to `until` to the host, all layers but the full ones."""
@@ -140,10 +155,9 @@ class RecallPlacement:
 
     def settle(self, sequence: Seq) -> bool:
         """Finish the copy to the host, index the keys, and keep only the full layers on the device."""
-        if not self._hold(sequence):
-            return False
         self._begin_store(sequence, sequence.num_computed)
-        self._wait(self._held[sequence])
+        for store in self._held[sequence].stores:
+            store.result()
         assert sequence.row is not None
         num_tokens = sequence.num_computed
         blocks = torch.from_numpy(self._cache.tables[sequence.row].astype(np.int64)).to(self.arena.keys.device)
@@ -240,15 +254,11 @@ class RecallPlacement:
 
         return self._fetch_link.begin(transfer, num_bytes)
 
-    def after_decode_step(self, sequences: Sequence[Seq]) -> None:
+    def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """Nothing to do: new tokens were stored layer by layer."""
+        return self._failed()
 
     # -- the rest -----------------------------------------------------------------------------------------------
-
-    def _wait(self, held: _Held) -> None:
-        for store in held.stores:
-            store.result()
-        held.stores.clear()
 
     def release(self, sequence: Seq) -> None:
         """Wait for stores that still read the sequence's device blocks, then forget it on the host."""
@@ -256,7 +266,7 @@ class RecallPlacement:
             self.index.drop(sequence.row)
         held = self._held.pop(sequence, None)
         if held is not None:
-            self._wait(held)
+            wait(held.stores)  # not result(): a copy that failed must not keep the request's memory
             self._host_cache.release(held.host_row)
 
     def kv_bytes(self) -> Mapping[str, int]:
@@ -281,18 +291,20 @@ class RecallPlacement:
 class _PromptObserver:
     """Hands each sequence's rows of the flat batch to the index."""
 
-    def __init__(self, index: Index, prefills: Sequence[tuple[Seq, int]], first_layer: int) -> None:
-        self._index = index
+    def __init__(self, placement: RecallPlacement, prefills: Sequence[tuple[Seq, int]]) -> None:
+        self._placement = placement
         self._prefills = prefills
-        self._first_layer = first_layer
 
     def observe(self, layer: int, queries: Tensor, keys: Tensor) -> None:
         """Cut the flat batch into sequences."""
-        if layer < self._first_layer:
+        if layer < self._placement.selection.num_full_layers:
             return
         start = 0
         for sequence, num_tokens in self._prefills:
             assert sequence.row is not None
             rows = slice(start, start + num_tokens)
-            self._index.observe(layer, sequence.row, queries[rows], keys[rows])
+            try:
+                self._placement.index.observe(layer, sequence.row, queries[rows], keys[rows])
+            except Exception as error:  # a method is somebody's code: only its request fails, after the step
+                self._placement.failures.setdefault(sequence, error)
             start += num_tokens

@@ -94,7 +94,10 @@ class RecallPart(LooksAhead):
         )  # fmt: skip
         for i, sequence in enumerate(self._sequences):
             assert sequence.row is not None
-            placement.index.add(layer, sequence.row, keys[i])
+            try:
+                placement.index.add(layer, sequence.row, keys[i])
+            except Exception as error:  # a method is somebody's code: only its request fails, after the step
+                placement.failures.setdefault(sequence, error)
 
     # -- one layer ahead ----------------------------------------------------------------------------------------
 
@@ -104,12 +107,22 @@ class RecallPart(LooksAhead):
         if following < self._placement.selection.num_full_layers or following >= self._layout.num_layers:
             return
         guesses = ask(following, self.rows)
-        chosen = []
-        for i, sequence in enumerate(self._sequences):
-            assert sequence.row is not None
-            scale = self._placement.scales[following]
-            chosen.append(self._placement.index.choose(following, sequence.row, guesses[i], scale))
+        chosen = [self._choose(following, s, guesses[i]) for i, s in enumerate(self._sequences)]
         self._begin_fetch(following, chosen)
+
+    def _choose(self, layer: int, sequence: Seq, query: Tensor) -> Tensor:
+        """The tokens [H, n] the method names; if it fails, any one, and the request ends after the step."""
+        placement, heads = self._placement, self._layout.num_kv_heads
+        assert sequence.row is not None
+        try:
+            tokens = placement.index.choose(layer, sequence.row, query, placement.scales[layer])
+            known = bool(((tokens >= 0) & (tokens < sequence.num_computed)).all())
+            if tokens.ndim != 2 or tokens.shape[0] != heads or tokens.shape[1] < 1 or not known:
+                raise ValueError(f"{placement.selection.name} named tokens that the request does not have")
+        except Exception as error:  # a method is somebody's code: it may raise anything
+            placement.failures.setdefault(sequence, error)
+            return torch.zeros((heads, 1), dtype=torch.int64, device=query.device)
+        return tokens
 
     def _begin_fetch(self, layer: int, chosen: list[Tensor]) -> None:
         """One transfer for all sequences: where each chosen row lies on the host, and where it goes."""

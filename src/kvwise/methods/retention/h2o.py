@@ -59,7 +59,8 @@ class H2O(Retention):
     def victims(self, view: DecodeView) -> Tensor:
         """The token with the least mass outside the latest `recent`."""
         assert view.mass is not None
-        recent = (view.capacity * self.recent).int().clamp(min=1)
+        # In double precision, as `num_recent` counts: in single 100 * 0.29 would be 29.
+        recent = (view.capacity.double() * self.recent).int().clamp(min=1)
         first_recent = (view.num_tokens - recent)[:, None, None, None]
         protected = (view.positions >= first_recent) | ~view.used
         return view.mass.masked_fill(protected, torch.inf).argmin(-1)

@@ -1,0 +1,299 @@
+"""Rows -> figures per condition and strategy: throughput, goodput, latencies, memory, agreement, with intervals."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from kvwise.study import bootstrap
+from kvwise.study.bootstrap import Interval
+from kvwise.study.cells import CellKind, label
+from kvwise.study.plan import Plan, Slo
+from kvwise.study.record import StudyFolder
+from kvwise.study.rows import Row, Status
+
+PERCENTILES = (50.0, 90.0, 99.0)
+UNFINISHED = ("cut", "not sent")
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Condition:
+    """Everything about a cell but its strategy and repeat: strategies are compared within one."""
+
+    block: str
+    model: str
+    context: int
+    memory: str
+    concurrency: float  # inf: no limit
+    rate: float  # inf: at once
+    trace_times: bool = False
+
+    def load_text(self) -> str:
+        """The load in words."""
+        at_once = "" if math.isinf(self.concurrency) else f"{self.concurrency:g} at a time"
+        if self.trace_times:
+            return "trace times" + (f", {at_once}" if at_once else "")
+        if math.isinf(self.rate):
+            return at_once or "all at once"
+        return f"{self.rate:g} req/s" + (f", at most {at_once}" if at_once else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """A strategy as shown and compared."""
+
+    framework: str
+    budget: float | None
+    strategy: str
+
+    @property
+    def label(self) -> str:
+        """Framework and budget."""
+        return label(self.framework, self.budget)
+
+    @property
+    def order(self) -> tuple[str, float, str]:
+        """Sorts frameworks by name and budgets from large to small."""
+        return self.framework, -(1.0 if self.budget is None else self.budget), self.strategy
+
+
+@dataclass(slots=True)
+class Figures:
+    """What one strategy did under one condition. Rates per second, times in seconds, sizes in bytes."""
+
+    condition: Condition
+    who: Who
+    repeats: int
+    num_requests: int
+    num_finished: int
+    num_cut: int
+    goodput: Interval
+    request_rate: Interval
+    output_rate: Interval
+    total_rate: Interval
+    attainment: float  # share of all requests that met the service levels
+    ttft: dict[float, Interval]
+    tpot: dict[float, Interval]
+    itl: dict[float, Interval]
+    e2e: dict[float, Interval]
+    peak_kv: dict[str, float]
+    mean_kv: dict[str, float]
+    pool_bytes: int
+    hit_ratio: float | None
+    preemptions: int
+    links: dict[str, str]
+    agreement: Interval | None = None
+    kl: Interval | None = None
+
+    @property
+    def rate_per_mib(self) -> float | None:
+        """Output tokens per second for each MiB of KV held on the device, on average (the study's finding F5)."""
+        held = self.mean_kv.get("device", 0.0)
+        return self.output_rate.value / (held / 2**20) if held > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementFigures:
+    """Agreement of one strategy with the full cache on one model and context length."""
+
+    model: str
+    context: int
+    who: Who
+    top1: Interval
+    kl: Interval
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Study:
+    """A study's rows with the plan they are of; figures are worked out once, when first asked for."""
+
+    name: str
+    plan: Plan
+    cells: list[Row]
+    requests: list[Row]
+    samples: list[Row]
+    quality: list[Row]
+    onoff: list[Row]
+    num_left: int = 0
+    figures: list[Figures] = field(default_factory=list)
+    agreements: list[AgreementFigures] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Row]:
+        """Cells that could not be measured."""
+        return [row for row in self.cells if row["status"] == Status.FAILED]
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Links that were throttled in any cell, with their label."""
+        return {name: text for row in self.cells for name, text in (row["links"] or {}).items()}
+
+
+def load_study(folder: StudyFolder, plan: Plan, num_left: int = 0) -> Study:
+    """Read a study's rows and work out its figures."""
+    tables = {name: folder.rows(name) for name in ("cells", "requests", "samples", "quality", "onoff")}
+    study = Study(
+        plan.name,
+        plan,
+        cells=tables["cells"],
+        requests=tables["requests"],
+        samples=tables["samples"],
+        quality=tables["quality"],
+        onoff=tables["onoff"],
+        num_left=num_left,
+    )
+    summarize(study)
+    return study
+
+
+def summarize(study: Study) -> None:
+    """Fill in `figures` and `agreements` from the rows."""
+    study.agreements = _agreements(study)
+    known = {(a.model, a.context, a.who.strategy): a for a in study.agreements}
+    requests = _by_cell(study.requests)
+    groups: dict[tuple[Condition, Who], list[Row]] = defaultdict(list)
+    for row in study.cells:
+        if row["kind"] == CellKind.LIVE and row["status"] == Status.DONE:
+            groups[condition_of(row), who_of(row)].append(row)
+    study.figures = []
+    for (condition, who), cells in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1].order)):
+        figures = _figures(condition, who, cells, [requests[c["cell"]] for c in cells], study.plan)
+        agreed = known.get((condition.model, condition.context, who.strategy))
+        if agreed is not None:
+            figures.agreement, figures.kl = agreed.top1, agreed.kl
+        study.figures.append(figures)
+
+
+def condition_of(row: Row) -> Condition:
+    """The condition of a cell's row."""
+    rate, concurrency = row["request_rate"], row["concurrency"]
+    return Condition(
+        block=row["block"],
+        model=row["model"],
+        context=row["context"],
+        memory=row["memory"],
+        concurrency=math.inf if concurrency is None else concurrency,
+        rate=math.inf if rate is None else rate,
+        trace_times=rate is None,
+    )
+
+
+def who_of(row: Row) -> Who:
+    """The strategy of a cell's row."""
+    return Who(row["framework"], row["budget"], row["strategy"])
+
+
+def meets(row: Row, slo: Slo) -> bool:
+    """Whether a request finished and met every service level that is given."""
+    if row["e2e_s"] is None:
+        return False
+    pairs = ((row["ttft_s"], slo.ttft_ms), (row["tpot_s"], slo.tpot_ms), (row["e2e_s"], slo.e2e_ms))
+    return all(limit is None or value is None or value * 1000 <= limit for value, limit in pairs)
+
+
+def _by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    out: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        out[row["cell"]].append(row)
+    return out
+
+
+def _figures(condition: Condition, who: Who, cells: list[Row], requests: list[list[Row]], plan: Plan) -> Figures:
+    """Figures over the repeats of one strategy under one condition."""
+    seconds = [cell["duration_s"] for cell in cells]
+    good = [_column(rows, lambda r: meets(r, plan.slo)) for rows in requests]
+    outputs = [_column(rows, lambda r: r["output_tokens"]) for rows in requests]
+    inputs = [_column(rows, lambda r: r["prompt_tokens"] * (r["e2e_s"] is not None)) for rows in requests]
+    total = [i + o for i, o in zip(inputs, outputs, strict=True)]
+
+    def per_second(groups: list[Array]) -> Interval:
+        return bootstrap.rate(groups, seconds, plan.seed)
+
+    def spread(name: str) -> dict[float, Interval]:
+        return bootstrap.percentiles([_times(rows, name) for rows in bounded], PERCENTILES, plan.seed)
+
+    bounded = [_with_bounds(rows, length) for rows, length in zip(requests, seconds, strict=True)]
+    queried = _sum(cells, "prefix_queries")
+    return Figures(
+        condition=condition,
+        who=who,
+        repeats=len(cells),
+        num_requests=_sum(cells, "num_requests"),
+        num_finished=_sum(cells, "num_finished"),
+        num_cut=sum(r["finish_reason"] in UNFINISHED for rows in requests for r in rows),
+        goodput=per_second(good),
+        request_rate=per_second([_column(rows, lambda r: r["e2e_s"] is not None) for rows in requests]),
+        output_rate=per_second(outputs),
+        total_rate=per_second(total),
+        attainment=float(sum(g.sum() for g in good)) / _sum(cells, "num_requests"),
+        ttft=spread("ttft_s"),
+        tpot=spread("tpot_s"),
+        itl=bootstrap.percentiles([_gaps(rows) for rows in requests], PERCENTILES, plan.seed),
+        e2e=spread("e2e_s"),
+        peak_kv=_per_tier(cells, "peak_kv_bytes", max),
+        mean_kv=_per_tier(cells, "mean_kv_bytes", fmean),
+        pool_bytes=max(cell["pool_bytes"] or 0 for cell in cells),
+        hit_ratio=_sum(cells, "prefix_hits") / queried if queried else None,
+        preemptions=_sum(cells, "num_preemptions"),
+        links={name: text for cell in cells for name, text in (cell["links"] or {}).items()},
+    )
+
+
+def _with_bounds(rows: Sequence[Row], duration: float) -> list[Row]:
+    """Requests with what is known of the cut ones: they waited at least until the cell ended.
+
+    Leaving them out would flatter the strategy that finished least.
+    """
+    out = []
+    for row in rows:
+        if row["finish_reason"] == "cut" and row["arrival_s"] is not None:
+            waited = duration - row["arrival_s"]
+            row = row | {"e2e_s": waited, "ttft_s": waited if row["ttft_s"] is None else row["ttft_s"]}
+        out.append(row)
+    return out
+
+
+def _agreements(study: Study) -> list[AgreementFigures]:
+    groups: dict[tuple[str, int, Who], list[Row]] = defaultdict(list)
+    for row in study.quality:
+        groups[row["model"], row["context"], who_of(row)].append(row)
+    out = []
+    for (model, context, who), rows in sorted(groups.items(), key=lambda item: (*item[0][:2], item[0][2].order)):
+        prompts = sorted({row["prompt"] for row in rows})
+        # Tokens of one prompt depend on each other: the prompt is what is drawn again.
+        top1 = [fmean(float(r["same_top1"]) for r in rows if r["prompt"] == p) for p in prompts]
+        kl = [fmean(r["kl_nats"] for r in rows if r["prompt"] == p) for p in prompts]
+        same, apart = (bootstrap.mean([np.array(values)], study.plan.seed) for values in (top1, kl))
+        out.append(AgreementFigures(model, context, who, same, apart, len(rows)))
+    return out
+
+
+def _column(rows: Sequence[Row], value: Callable[[Row], float | bool]) -> Array:
+    return np.array([float(value(row)) for row in rows])
+
+
+def _times(rows: Sequence[Row], name: str) -> Array:
+    return np.array([row[name] for row in rows if row[name] is not None], dtype=float)
+
+
+def _gaps(rows: Sequence[Row]) -> Array:
+    return np.concatenate([np.array(row["itl_s"] or [], dtype=float) for row in rows])
+
+
+def _sum(rows: Sequence[Row], name: str) -> int:
+    return int(sum(row[name] or 0 for row in rows))
+
+
+def _per_tier(rows: Sequence[Row], name: str, combine: Callable[[list[float]], float]) -> dict[str, float]:
+    tiers: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for tier, value in (row[name] or {}).items():
+            tiers[tier].append(float(value))
+    return {tier: combine(values) for tier, values in sorted(tiers.items())}

@@ -1,0 +1,160 @@
+"""The verdict: who wins under each condition and by what, where the winner changes, and what to run."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from itertools import pairwise
+
+from kvwise.study.bootstrap import Interval
+from kvwise.study.plan import Plan
+from kvwise.study.summary import Condition, Figures, Study
+
+
+class Measure(StrEnum):
+    """What decides, in this order: the next one only among those that tie in the ones before."""
+
+    GOODPUT = "goodput"
+    THROUGHPUT = "throughput"
+    LATENCY = "latency"
+
+
+UNITS = {Measure.GOODPUT: "good req/s", Measure.THROUGHPUT: "tok/s", Measure.LATENCY: "ms to the last token (median)"}
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Who wins under one condition. `winner` is None on a tie of `tied`, or if nobody meets the agreement floor."""
+
+    condition: Condition
+    winner: Figures | None
+    by: Measure | None
+    runner_up: Figures | None
+    tied: tuple[Figures, ...]
+    below_floor: tuple[Figures, ...]
+
+    @property
+    def pick(self) -> Figures | None:
+        """The winner; of those that tie, the one nearest to the full cache, then the one that holds least KV."""
+        if self.winner is not None or not self.tied:
+            return self.winner
+        return max(self.tied, key=lambda f: (agreement_of(f), -f.mean_kv.get("device", 0.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Crossover:
+    """Along `axis` the winner changes between two neighbouring conditions."""
+
+    axis: str
+    before: Decision
+    after: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetCrossover:
+    """Framework `framework` beats `other` at budget `wins` and no longer at the neighbouring budget `fails`."""
+
+    condition: Condition
+    framework: str
+    other: Figures
+    wins: float
+    fails: float
+
+
+def decide(group: Sequence[Figures], plan: Plan) -> Decision:
+    """The winner among strategies that were run under one condition."""
+    floor = plan.agreement_floor
+    allowed = [f for f in group if floor is None or agreement_of(f) >= floor]
+    below = tuple(f for f in group if f not in allowed)
+    condition = group[0].condition
+    tied = list(allowed)
+    for measure in Measure:
+        if measure is Measure.GOODPUT and not has_levels(plan):
+            continue
+        ranked = _rank(tied, measure)
+        best = ranked[:1]
+        tied = best + [f for f in ranked[1:] if _ties(best[0], f, measure, plan.tie_margin)]
+        if len(tied) == 1 and len(ranked) > 1:
+            return Decision(condition, tied[0], measure, ranked[1], (), below)
+    winner = tied[0] if len(tied) == 1 else None
+    return Decision(condition, winner, None, None, () if winner else tuple(tied), below)
+
+
+def has_levels(plan: Plan) -> bool:
+    """Whether the plan names any service level, so that goodput says more than throughput."""
+    return any(v is not None for v in (plan.slo.ttft_ms, plan.slo.tpot_ms, plan.slo.e2e_ms))
+
+
+def measured(figures: Figures, measure: Measure) -> Interval | None:
+    """The figure that `measure` compares; latency in milliseconds."""
+    if measure is Measure.GOODPUT:
+        return figures.goodput
+    if measure is Measure.THROUGHPUT:
+        return figures.output_rate
+    seconds = figures.e2e.get(50.0)
+    return None if seconds is None else Interval(seconds.value * 1e3, seconds.low * 1e3, seconds.high * 1e3)
+
+
+def _rank(group: Sequence[Figures], measure: Measure) -> list[Figures]:
+    """Best first."""
+    if measure is Measure.LATENCY:
+        return sorted(group, key=lambda f: i.value if (i := measured(f, measure)) else math.inf)
+    return sorted(group, key=lambda f: -(i.value if (i := measured(f, measure)) else 0.0))
+
+
+def _ties(best: Figures, other: Figures, measure: Measure, margin: float) -> bool:
+    """Whether the difference is too small or too noisy to call."""
+    a, b = measured(best, measure), measured(other, measure)
+    if a is None or b is None:
+        return a is b
+    larger = max(a.value, b.value)
+    return a.overlaps(b) or abs(a.value - b.value) <= margin * larger
+
+
+def agreement_of(figures: Figures) -> float:
+    return figures.agreement.value if figures.agreement is not None else 0.0
+
+
+def crossovers(decisions: Sequence[Decision]) -> list[Crossover]:
+    """Neighbouring conditions along each axis whose clear winners differ."""
+    out = []
+    for axis, (rest, value) in _AXES.items():
+        lines: dict[Condition, list[Decision]] = defaultdict(list)
+        for decision in decisions:
+            # A tie in between says nothing: the last clear winner is compared with the next clear one.
+            if decision.winner is not None:
+                lines[rest(decision.condition)].append(decision)
+        for line in lines.values():
+            for before, after in pairwise(sorted(line, key=value)):
+                if before.winner and after.winner and before.winner.who != after.winner.who:
+                    out.append(Crossover(axis, before, after))
+    return out
+
+
+# Axis -> (a condition without its place on the axis, that place).
+_AXES: dict[str, tuple[Callable[[Condition], Condition], Callable[[Decision], float]]] = {
+    "rate": (lambda c: replace(c, rate=0.0), lambda d: d.condition.rate),
+    "concurrency": (lambda c: replace(c, concurrency=0.0), lambda d: d.condition.concurrency),
+    "context": (lambda c: replace(c, context=0), lambda d: d.condition.context),
+    "memory": (lambda c: replace(c, memory=""), lambda d: d.winner.pool_bytes if d.winner else 0),
+}
+
+
+def budget_crossovers(group: Sequence[Figures], plan: Plan) -> list[BudgetCrossover]:
+    """Where, along the budgets of one framework, it stops to beat the best strategy of the other frameworks."""
+    out = []
+    for framework in dict.fromkeys(f.who.framework for f in group if f.who.budget is not None):
+        own = sorted((f for f in group if f.who.framework == framework), key=lambda f: f.who.order)
+        others = [f for f in group if f.who.framework != framework]
+        if len(own) < 2 or not others:
+            continue
+        # Speed alone is compared here: the page shows what each budget costs in agreement elsewhere.
+        speed = plan.model_copy(update={"agreement_floor": None})
+        other = decide(others, speed).pick or others[0]
+        outcomes = [(f.who.budget or 1.0, decide([f, other], speed).winner is f) for f in own]
+        for (budget, won), (next_budget, next_won) in pairwise(outcomes):
+            if won != next_won:
+                wins, fails = (budget, next_budget) if won else (next_budget, budget)
+                out.append(BudgetCrossover(group[0].condition, framework, other, wins, fails))
+    return out
