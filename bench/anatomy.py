@@ -14,6 +14,7 @@ from torch import nn
 
 from kvwise.core.params import SamplingParams
 from kvwise.engine.engine import Engine
+from kvwise.models.packed import PackedLinear
 
 
 @dataclass
@@ -63,7 +64,7 @@ def _instrumented(engine: Engine) -> Iterator[_Stopwatch]:
     watch = _Stopwatch()
     handles = []
     for module in engine.loaded.model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, PackedLinear)):
             handles.append(module.register_forward_pre_hook(watch.before))
             handles.append(module.register_forward_hook(watch.after))
     kernels: Any = engine.memory.kernels

@@ -92,9 +92,7 @@ def decode_steps(num_sequences: int, context: int, num_steps: int, full_pool: bo
         manager.commit(rows, lengths)
         done = perf_counter_ns()
         assert granted.all()
-        for name, span in zip(
-            times, (reserved - start, keyed - reserved, done - keyed, done - start), strict=True
-        ):
+        for name, span in zip(times, (reserved - start, keyed - reserved, done - keyed, done - start), strict=True):
             times[name].append(span)
     manager.check()
     return {name: float(np.median(spans)) / 1e3 for name, spans in times.items()}
@@ -146,9 +144,7 @@ def per_block(num_blocks: int, repeats: int) -> dict[str, float]:
 
 def provenance() -> dict[str, str]:
     """Commit, versions and machine of this run."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "commit": commit.stdout.strip() or "none",
         "python": platform.python_version(),
@@ -168,9 +164,7 @@ def main() -> int:
     args = parser.parse_args()
     steps = {
         "free blocks left": decode_steps(args.sequences, args.context, args.steps, full_pool=False),
-        "pool full, each new block evicts": decode_steps(
-            args.sequences, args.context, args.steps, full_pool=True
-        ),
+        "pool full, each new block evicts": decode_steps(args.sequences, args.context, args.steps, full_pool=True),
     }
     blocks = {f"{n * BLOCK_SIZE:,} tokens": per_block(n, repeats) for n, repeats in ((128, 60), (2048, 12))}
     print(f"decode step of {args.sequences} sequences, sharing on, us (median of {args.steps})")
@@ -179,9 +173,7 @@ def main() -> int:
     print("\none prompt, ns per 16-token block (median)")
     for title, row in blocks.items():
         print(f"  {title:34}" + "".join(f"{name} {value:6.0f}   " for name, value in row.items()))
-    print(
-        "\nvLLM-style, elsewhere, ns a block:   " + "   ".join(f"{k} {v}" for k, v in VLLM_STYLE_NS.items())
-    )
+    print("\nvLLM-style, elsewhere, ns a block:   " + "   ".join(f"{k} {v}" for k, v in VLLM_STYLE_NS.items()))
     worst_step = max(row["step"] for row in steps.values())
     worst_match = max(row["match"] for row in blocks.values())
     passed = worst_step <= STEP_GATE_US and worst_match <= MATCH_GATE_NS

@@ -15,19 +15,23 @@ namespace {
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr int64_t kMinSplitKeys = 512;  // a shorter part costs more to merge than it saves
 constexpr int kTasksPerThread = 4;      // enough to even out what threads take unequally long for
+constexpr int64_t kDecodeCost = 16;     // of one key, in rows of a key's arithmetic in prefill: decode waits for memory
 
-// Work of the first phase. Decode: one part of a split (sequence, head), or all of it. Prefill: a block of rows.
+enum class Kind { kDecode, kDecodePart, kPrefill };
+
+// Work of the first phase: decode of one (sequence, head) or of one part of its keys, or prefill of a block of its
+// rows.
 struct Task {
+    Kind kind;
     int32_t sequence;
     int32_t head;
-    bool decode;
-    int32_t split;      // decode: index into Plan::splits, or kNotSplit
-    int64_t from, to;   // decode: keys; prefill: rows
+    int64_t from, to;  // decode: keys; prefill: rows
     int64_t cost;
+    int64_t split = 0;  // of a part: index of its split
+    int64_t part = 0;   // and its number there
 };
-constexpr int32_t kNotSplit = -1;
 
-// A (sequence, head) whose keys were divided: parts [first_part, first_part + num_parts) of the shared memory.
+// A (sequence, head) whose keys were divided, and what each part found.
 struct Split {
     int32_t sequence;
     int32_t head;
@@ -43,7 +47,8 @@ struct MassTask {
 
 class Attend {
   public:
-    Attend(Workspace& workspace, const InstructionSet& set, const AttendCall& call, const std::vector<Segment>& segments)
+    Attend(Workspace& workspace, const InstructionSet& set, const AttendCall& call,
+           const std::vector<Segment>& segments)
         : workspace_(workspace), set_(set), call_(call), segments_(segments), head_locks_(call.num_heads) {}
 
     void run() {
@@ -52,7 +57,8 @@ class Attend {
         plan();
         lay_out_splits();
         workspace_.prepare(call_.num_threads);
-        parallel_for(int64_t(tasks_.size()), call_.num_threads, [this](int64_t i, int worker) { run_task(tasks_[i], worker); });
+        parallel_for(int64_t(tasks_.size()), call_.num_threads,
+                     [this](int64_t i, int worker) { run_task(tasks_[i], worker); });
         const int64_t num_splits = int64_t(splits_.size());
         parallel_for(num_splits + int64_t(mass_tasks_.size()), call_.num_threads, [&](int64_t i, int worker) {
             if (i < num_splits) {
@@ -102,15 +108,17 @@ class Attend {
 
     QueryView query_view(int32_t b, int32_t h) const {
         const int64_t first = call_.query_start[b];
-        return {call_.queries + first * call_.query_token_stride + int64_t(h) * call_.shape.group * call_.query_head_stride,
-                call_.query_token_stride, call_.query_head_stride,
-                call_.query_positions ? call_.query_positions + first : nullptr, num_queries(b)};
+        return {
+            call_.queries + first * call_.query_token_stride + int64_t(h) * call_.shape.group * call_.query_head_stride,
+            call_.query_token_stride, call_.query_head_stride,
+            call_.query_positions ? call_.query_positions + first : nullptr, num_queries(b)};
     }
 
     int64_t num_query_heads() const { return int64_t(call_.num_heads) * call_.shape.group; }
 
     float* out_of(int32_t b, int32_t h) const {
-        return call_.out + (call_.query_start[b] * num_query_heads() + int64_t(h) * call_.shape.group) * call_.shape.value_dim;
+        return call_.out +
+               (call_.query_start[b] * num_query_heads() + int64_t(h) * call_.shape.group) * call_.shape.value_dim;
     }
 
     float* lse_of(int32_t b, int32_t h) const {
@@ -126,12 +134,14 @@ class Attend {
         return std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.mass != nullptr; });
     }
 
-    // A wrong page would read foreign memory: looking at every used table entry costs well under 1 % of reading its page.
+    // A wrong page would read foreign memory: looking at every used table entry costs well under 1 % of reading its
+    // page.
     void check_pages() const {
         for (const Segment& segment : segments_) {
             const int32_t heads = segment.table_head_stride || segment.length_head_stride ? call_.num_heads : 1;
             for (int32_t b = 0; b < call_.num_sequences; ++b) {
-                if (num_queries(b) < 0) throw std::invalid_argument("query_start decreases at sequence " + std::to_string(b));
+                if (num_queries(b) < 0)
+                    throw std::invalid_argument("query_start decreases at sequence " + std::to_string(b));
                 if (num_queries(b) == 0) continue;
                 for (int32_t h = 0; h < heads; ++h) check_table(segment, b, h);
             }
@@ -141,7 +151,8 @@ class Attend {
     void check_table(const Segment& segment, int32_t b, int32_t h) const {
         const int64_t used = length(segment, b, h), entries = (used + segment.block_size - 1) / segment.block_size;
         if (used < 0 || entries > segment.table_width) {
-            throw std::invalid_argument("sequence " + std::to_string(b) + " has length " + std::to_string(used) + ", its table holds 0 to " +
+            throw std::invalid_argument("sequence " + std::to_string(b) + " has length " + std::to_string(used) +
+                                        ", its table holds 0 to " +
                                         std::to_string(segment.table_width * segment.block_size) + " slots");
         }
         const int32_t* table = segment.tables + b * segment.table_stride + h * segment.table_head_stride;
@@ -151,10 +162,12 @@ class Attend {
             highest = std::max(highest, table[i]);
         }
         const int64_t last_head = segment.page_head_step ? call_.num_heads - 1 : 0;
-        const int64_t last_page = highest * segment.page_stride + segment.page_offset + last_head * segment.page_head_step;
+        const int64_t last_page =
+            highest * segment.page_stride + segment.page_offset + last_head * segment.page_head_step;
         if (entries && (lowest < 0 || last_page >= segment.num_pages)) {
-            throw std::invalid_argument("sequence " + std::to_string(b) + " has table entries from " + std::to_string(lowest) + " to " +
-                                        std::to_string(highest) + ", whose last page " + std::to_string(last_page) +
+            throw std::invalid_argument("sequence " + std::to_string(b) + " has table entries from " +
+                                        std::to_string(lowest) + " to " + std::to_string(highest) +
+                                        ", whose last page " + std::to_string(last_page) +
                                         " lies outside the arena of " + std::to_string(segment.num_pages) + " pages");
         }
     }
@@ -164,7 +177,8 @@ class Attend {
         const auto clear = [&](int64_t first, int64_t last) {
             if (first >= last) return;
             const int64_t row = num_query_heads();
-            std::fill(call_.out + first * row * call_.shape.value_dim, call_.out + last * row * call_.shape.value_dim, 0.0f);
+            std::fill(call_.out + first * row * call_.shape.value_dim, call_.out + last * row * call_.shape.value_dim,
+                      0.0f);
             std::fill(call_.lse + first * row, call_.lse + last * row, kNothing);
         };
         clear(0, call_.query_start[0]);
@@ -195,7 +209,8 @@ class Attend {
         while (rows > kPrefillRows / 4 && prefill_rows < rows * wanted) rows /= 2;
         for (int32_t b = 0; b < call_.num_sequences; ++b) {
             if (num_queries(b) == 0) continue;
-            for (int32_t h = 0; h < call_.num_heads; ++h) is_decode(b) ? plan_decode(b, h, part) : plan_prefill(b, h, rows);
+            for (int32_t h = 0; h < call_.num_heads; ++h)
+                is_decode(b) ? plan_decode(b, h, part) : plan_prefill(b, h, rows);
         }
         // Long tasks first: what is left at the end evens out the threads.
         std::stable_sort(tasks_.begin(), tasks_.end(), [](const Task& x, const Task& y) { return x.cost > y.cost; });
@@ -203,9 +218,8 @@ class Attend {
 
     void plan_decode(int32_t b, int32_t h, int64_t part) {
         const int64_t keys = joined_length(b, h);
-        // A key of decode costs its bytes, about what 16 rows of arithmetic cost in prefill.
         if (call_.num_threads == 1 || keys < part + part / 2) {
-            tasks_.push_back({b, h, true, kNotSplit, 0, keys, keys * 16});
+            tasks_.push_back({Kind::kDecode, b, h, 0, keys, keys * kDecodeCost});
             return;
         }
         const int64_t parts = (keys + part - 1) / part;
@@ -213,7 +227,8 @@ class Attend {
         splits_.push_back({b, h, {}});
         for (int64_t from = 0; from < keys; from += step) {
             const int64_t to = std::min(from + step, keys);
-            tasks_.push_back({b, h, true, int32_t(splits_.size()) - 1, from, to, (to - from) * 16});
+            tasks_.push_back(
+                {Kind::kDecodePart, b, h, from, to, (to - from) * kDecodeCost, int64_t(splits_.size()) - 1});
         }
     }
 
@@ -222,13 +237,15 @@ class Attend {
         for (int64_t from = 0; from < rows; from += block) {
             const int64_t to = std::min(from + block, rows);
             // Under causality the last rows see most: start with them.
-            tasks_.push_back({b, h, false, kNotSplit, from, to, std::max<int64_t>(1, keys - (rows - to) / call_.shape.group) * (to - from)});
+            const int64_t seen = std::max<int64_t>(1, keys - (rows - to) / call_.shape.group);
+            tasks_.push_back({Kind::kPrefill, b, h, from, to, seen * (to - from)});
         }
         if (!wants_mass(b)) return;
         for (int32_t s = 0; s < int32_t(segments_.size()); ++s) {
             if (!segments_[s].mass) continue;
             const int64_t slots = length(segments_[s], b, h);
-            for (int64_t from = 0; from < slots; from += kMassKeys) mass_tasks_.push_back({b, h, s, from, std::min<int64_t>(from + kMassKeys, slots)});
+            for (int64_t from = 0; from < slots; from += kMassKeys)
+                mass_tasks_.push_back({b, h, s, from, std::min<int64_t>(from + kMassKeys, slots)});
         }
     }
 
@@ -271,23 +288,23 @@ class Attend {
     void lay_out_splits() {
         int64_t total = 0;
         for (const Task& task : tasks_) {
-            if (task.split != kNotSplit) total += decode_floats(task.sequence, task.to - task.from);
+            if (task.kind == Kind::kDecodePart) total += decode_floats(task.sequence, task.to - task.from);
         }
         float* memory = total ? workspace_.shared(total) : nullptr;
         for (Task& task : tasks_) {
-            if (task.split == kNotSplit) continue;
+            if (task.kind != Kind::kDecodePart) continue;
             std::vector<DecodeTask>& parts = splits_[task.split].parts;
+            task.part = int64_t(parts.size());
             parts.push_back(decode_task(task.sequence, task.head, task.from, task.to, memory));
             memory += decode_floats(task.sequence, task.to - task.from);
-            task.from = int64_t(parts.size()) - 1;  // from here on: which part
         }
     }
 
     void run_task(const Task& task, int worker) {
         const std::vector<SegmentView> segments = views(task.sequence, task.head);
-        if (!task.decode) return run_prefill(task, segments, worker);
-        if (task.split != kNotSplit) {
-            DecodeTask part = splits_[task.split].parts[task.from];
+        if (task.kind == Kind::kPrefill) return run_prefill(task, segments, worker);
+        if (task.kind == Kind::kDecodePart) {
+            DecodeTask part = splits_[task.split].parts[task.part];
             part.segments = segments.data();
             return set_.decode(part);
         }
@@ -344,7 +361,8 @@ class Attend {
         }
         if (!wants_mass(b)) return;
         const std::lock_guard<std::mutex> lock(head_locks_[h]);
-        for (size_t i = 0; i < num_parts; ++i) set_.decode_mass({&parts[i], lse, (num_queries(b) - counted_queries(b)) * group});
+        for (size_t i = 0; i < num_parts; ++i)
+            set_.decode_mass({&parts[i], lse, (num_queries(b) - counted_queries(b)) * group});
     }
 
     void run_mass(const MassTask& mass, int worker) {
@@ -374,7 +392,8 @@ class Attend {
 
 }  // namespace
 
-void attend(Workspace& workspace, const InstructionSet& set, const AttendCall& call, const std::vector<Segment>& segments) {
+void attend(Workspace& workspace, const InstructionSet& set, const AttendCall& call,
+            const std::vector<Segment>& segments) {
     const std::lock_guard<std::mutex> lock(workspace.mutex);
     Attend(workspace, set, call, segments).run();
 }

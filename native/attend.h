@@ -75,6 +75,7 @@ class Workspace {
 };
 
 // Throws std::invalid_argument when a length or page lies outside its table or arena.
-void attend(Workspace& workspace, const InstructionSet& set, const AttendCall& call, const std::vector<Segment>& segments);
+void attend(Workspace& workspace, const InstructionSet& set, const AttendCall& call,
+            const std::vector<Segment>& segments);
 
 }  // namespace kvwise

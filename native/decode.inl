@@ -1,5 +1,6 @@
-// Attention of a few rows over many keys: bound by reading K and V, so each page is read once and the next is on its way.
-// Included by instruction_set.cpp, once per instruction set. Scores, probabilities and sums are float32 for every storage.
+// Attention of a few rows over many keys: bound by reading K and V, so each page is read once and the next is on its
+// way. Included by instruction_set.cpp, once per instruction set. Scores, probabilities and sums are float32 for every
+// storage.
 
 namespace {
 
@@ -83,22 +84,25 @@ inline Vec dot_products(const float* queries, int64_t query_stride, const typena
     for (; d + Vec::kLanes <= dim; d += Vec::kLanes) {
         for (int t = 0; t < TK; ++t) {
             const Vec key = load_as_float(S{}, keys[t] + d);
-            for (int r = 0; r < R; ++r) sums[r * TK + t] = fma(key, load(queries + r * query_stride + d), sums[r * TK + t]);
+            for (int r = 0; r < R; ++r)
+                sums[r * TK + t] = fma(key, load(queries + r * query_stride + d), sums[r * TK + t]);
         }
     }
     if (d < dim) {
         for (int t = 0; t < TK; ++t) {
             const Vec key = load_tail(S{}, keys[t] + d, dim - d);
-            for (int r = 0; r < R; ++r) sums[r * TK + t] = fma(key, load(queries + r * query_stride + d), sums[r * TK + t]);
+            for (int r = 0; r < R; ++r)
+                sums[r * TK + t] = fma(key, load(queries + r * query_stride + d), sums[r * TK + t]);
         }
     }
     return sums_of(sums);
 }
 
-// Scores [R, kDecodeTile + slack] of a tile. Stores run over the end of a span; the next span overwrites what is not its own.
+// Scores [R, kDecodeTile + slack] of a tile. Stores run over the end of a span; the next span overwrites what is not
+// its own.
 template <class S, int R>
-void tile_scores(const float* queries, int64_t query_stride, const typename S::Bits* keys, int32_t dim, const Tile& tile,
-                 Ahead& ahead, float* scores, int64_t score_stride) {
+void tile_scores(const float* queries, int64_t query_stride, const typename S::Bits* keys, int32_t dim,
+                 const Tile& tile, Ahead& ahead, float* scores, int64_t score_stride) {
     constexpr int TK = R == 3 ? Vec::kLanes / 4 : Vec::kLanes / R;
     int32_t written = 0;
     const int32_t lines = TK * ahead.lines_per_row(1);
@@ -111,7 +115,8 @@ void tile_scores(const float* queries, int64_t query_stride, const typename S::B
             ahead.fetch(lines);
             float lanes[Vec::kLanes];
             store(lanes, dot_products<S, R>(queries, query_stride, at, dim));
-            for (int r = 0; r < R; ++r) std::memcpy(scores + r * score_stride + written + t, lanes + r * TK, TK * sizeof(float));
+            for (int r = 0; r < R; ++r)
+                std::memcpy(scores + r * score_stride + written + t, lanes + r * TK, TK * sizeof(float));
         }
         written += span.count;
     }
@@ -119,8 +124,9 @@ void tile_scores(const float* queries, int64_t query_stride, const typename S::B
 
 // out[r, C chunks from d] = out * alpha[r] + sum over the tile of p[r, t] * v[t, d].
 template <class S, int R, int C, bool Tail>
-inline void add_values(const float* probabilities, int64_t stride, const typename S::Bits* values, int32_t dim, int32_t d,
-                       const Tile& tile, Ahead& ahead, int32_t lines, const float* alpha, float* out, int64_t out_stride) {
+inline void add_values(const float* probabilities, int64_t stride, const typename S::Bits* values, int32_t dim,
+                       int32_t d, const Tile& tile, Ahead& ahead, int32_t lines, const float* alpha, float* out,
+                       int64_t out_stride) {
     Vec sums[R][C];
     for (int r = 0; r < R; ++r) {
         for (int c = 0; c < C; ++c) sums[r][c] = load(out + r * out_stride + d + c * Vec::kLanes) * broadcast(alpha[r]);
@@ -146,8 +152,8 @@ inline void add_values(const float* probabilities, int64_t stride, const typenam
 }
 
 template <class S, int R>
-void tile_values(const float* probabilities, int64_t stride, const typename S::Bits* values, int32_t dim, const Tile& tile,
-                 Ahead& ahead, const float* alpha, float* out, int64_t out_stride) {
+void tile_values(const float* probabilities, int64_t stride, const typename S::Bits* values, int32_t dim,
+                 const Tile& tile, Ahead& ahead, const float* alpha, float* out, int64_t out_stride) {
     constexpr int C = Vec::kLanes == 16 || R <= 2 ? 4 : 2;
     constexpr int W = Vec::kLanes;
     const int32_t lines = ahead.lines_per_row(dim / (C * W) > 0 ? dim / (C * W) : 1);
@@ -158,7 +164,8 @@ void tile_values(const float* probabilities, int64_t stride, const typename S::B
     for (; d + W <= dim; d += W) {
         add_values<S, R, 1, false>(probabilities, stride, values, dim, d, tile, ahead, lines, alpha, out, out_stride);
     }
-    if (d < dim) add_values<S, R, 1, true>(probabilities, stride, values, dim, d, tile, ahead, lines, alpha, out, out_stride);
+    if (d < dim)
+        add_values<S, R, 1, true>(probabilities, stride, values, dim, d, tile, ahead, lines, alpha, out, out_stride);
 }
 
 // The slots [lo, hi) a query may see in one segment, before positions are looked at.
@@ -182,7 +189,8 @@ inline Sight sight_of(const Shape& shape, const SegmentView& segment, const Quer
 }
 
 // Where a key of the tile is invisible to this row its score becomes -inf.
-inline void hide_keys(const Shape& shape, const SegmentView& segment, const Tile& tile, const Sight& sight, float* scores) {
+inline void hide_keys(const Shape& shape, const SegmentView& segment, const Tile& tile, const Sight& sight,
+                      float* scores) {
     if (tile.first < sight.lo || tile.first + tile.count > sight.hi) {
         for (int32_t t = 0; t < tile.count; ++t) {
             const int32_t index = tile.first + t;
@@ -199,7 +207,8 @@ inline void hide_keys(const Shape& shape, const SegmentView& segment, const Tile
     }
 }
 
-// Scores of one row become probabilities relative to the new running maximum; returns the factor for what was summed before.
+// Scores of one row become probabilities relative to the new running maximum; returns the factor for what was summed
+// before.
 inline float online_softmax(float softcap, int32_t count, float* scores, float& maximum, float& sum) {
     constexpr int W = Vec::kLanes;
     for (int32_t t = count; t < kDecodeTile && t % W; ++t) scores[t] = kMinusInfinity;
@@ -236,15 +245,16 @@ inline float online_softmax(float softcap, int32_t count, float* scores, float& 
 
 template <class S, int R>
 struct RowBlock {
-    static void scores(const float* q, int64_t q_stride, const typename S::Bits* keys, int32_t dim, const Tile& tile, Ahead& ahead,
-                       float* scores, int64_t stride, int32_t rows) {
+    static void scores(const float* q, int64_t q_stride, const typename S::Bits* keys, int32_t dim, const Tile& tile,
+                       Ahead& ahead, float* scores, int64_t stride, int32_t rows) {
         if (rows >= R) return tile_scores<S, R>(q, q_stride, keys, dim, tile, ahead, scores, stride);
         if constexpr (R > 1) RowBlock<S, R - 1>::scores(q, q_stride, keys, dim, tile, ahead, scores, stride, rows);
     }
-    static void values(const float* p, int64_t stride, const typename S::Bits* values_, int32_t dim, const Tile& tile, Ahead& ahead,
-                       const float* alpha, float* out, int64_t out_stride, int32_t rows) {
+    static void values(const float* p, int64_t stride, const typename S::Bits* values_, int32_t dim, const Tile& tile,
+                       Ahead& ahead, const float* alpha, float* out, int64_t out_stride, int32_t rows) {
         if (rows >= R) return tile_values<S, R>(p, stride, values_, dim, tile, ahead, alpha, out, out_stride);
-        if constexpr (R > 1) RowBlock<S, R - 1>::values(p, stride, values_, dim, tile, ahead, alpha, out, out_stride, rows);
+        if constexpr (R > 1)
+            RowBlock<S, R - 1>::values(p, stride, values_, dim, tile, ahead, alpha, out, out_stride, rows);
     }
 };
 
@@ -264,9 +274,11 @@ struct Decoder {
           key_stride(padded(t.shape->key_dim)),
           value_stride(padded(t.shape->value_dim)) {
         for (int32_t r = 0; r < rows; ++r) {
-            const float* query = t.queries.data + (r / t.shape->group) * t.queries.token_stride + (r % t.shape->group) * t.queries.head_stride;
+            const float* query = t.queries.data + (r / t.shape->group) * t.queries.token_stride +
+                                 (r % t.shape->group) * t.queries.head_stride;
             float* scaled = t.scaled_queries + r * key_stride;
-            for (int32_t d = 0; d < key_stride; ++d) scaled[d] = d < t.shape->key_dim ? query[d] * t.shape->scale : 0.0f;
+            for (int32_t d = 0; d < key_stride; ++d)
+                scaled[d] = d < t.shape->key_dim ? query[d] * t.shape->scale : 0.0f;
             t.result.maximum[r] = kMinusInfinity;
             t.result.sum[r] = 0.0f;
         }
@@ -286,16 +298,18 @@ struct Decoder {
         constexpr int64_t score_stride = kDecodeTile + kDecodeSlack;
         float* scores = task.scratch;
         for (int32_t r = 0; r < rows; r += kRowBlock) {
-            RowBlock<S, kRowBlock>::scores(task.scaled_queries + r * key_stride, key_stride, keys, shape.key_dim, tile, fetch_values,
-                                           scores + r * score_stride, score_stride, rows - r);
+            RowBlock<S, kRowBlock>::scores(task.scaled_queries + r * key_stride, key_stride, keys, shape.key_dim, tile,
+                                           fetch_values, scores + r * score_stride, score_stride, rows - r);
         }
         for (int32_t r = 0; r < rows; ++r) {
             hide_keys(shape, segment, tile, sights[r / shape.group], scores + r * score_stride);
-            alpha[r] = online_softmax(shape.softcap, tile.count, scores + r * score_stride, task.result.maximum[r], task.result.sum[r]);
+            alpha[r] = online_softmax(shape.softcap, tile.count, scores + r * score_stride, task.result.maximum[r],
+                                      task.result.sum[r]);
         }
         for (int32_t r = 0; r < rows; r += kRowBlock) {
-            RowBlock<S, kRowBlock>::values(scores + r * score_stride, score_stride, values, shape.value_dim, tile, fetch_keys, alpha + r,
-                                           task.result.out + r * value_stride, value_stride, rows - r);
+            RowBlock<S, kRowBlock>::values(scores + r * score_stride, score_stride, values, shape.value_dim, tile,
+                                           fetch_keys, alpha + r, task.result.out + r * value_stride, value_stride,
+                                           rows - r);
         }
         if (kept) {
             for (int32_t r = 0; r < rows; ++r) {
@@ -348,9 +362,12 @@ void decode_storage(const DecodeTask& task) {
 
 void decode(const DecodeTask& task) {
     switch (task.shape->storage) {
-        case Storage::kFloat32: return decode_storage<Float32>(task);
-        case Storage::kBFloat16: return decode_storage<BFloat16>(task);
-        case Storage::kFloat16: return decode_storage<Float16>(task);
+        case Storage::kFloat32:
+            return decode_storage<Float32>(task);
+        case Storage::kBFloat16:
+            return decode_storage<BFloat16>(task);
+        case Storage::kFloat16:
+            return decode_storage<Float16>(task);
     }
 }
 

@@ -15,8 +15,8 @@ const std::vector<const InstructionSet*>& usable_instruction_sets() {
     static const std::vector<const InstructionSet*> sets = [] {
         std::vector<const InstructionSet*> found;
 #ifdef KVWISE_HAS_AVX512
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-            __builtin_cpu_supports("avx512dq")) {
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
             found.push_back(&kInstructionSet_avx512);
         }
 #endif

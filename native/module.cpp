@@ -63,46 +63,49 @@ Segment segment_of(const std::vector<int64_t>& f) {
 
 void bind_attend(nb::module_& m) {
     nb::class_<Workspace>(m, "Workspace").def(nb::init<>());
-    m.def(
-        "attend",
-        [](Workspace& workspace, const std::string& set, int storage, int num_heads, int group, int key_dim, int value_dim,
-           int64_t num_tokens, int num_sequences, uintptr_t queries, int64_t token_stride, int64_t head_stride, uintptr_t query_start,
-           uintptr_t query_positions, uintptr_t mass_rows, const std::vector<std::vector<int64_t>>& segments, uintptr_t out,
-           uintptr_t lse, float scale, int window, float softcap, int num_threads) {
-            AttendCall call{};
-            call.shape = {Storage(storage), key_dim, value_dim, group, window, softcap, scale};
-            call.num_heads = num_heads;
-            call.num_sequences = num_sequences;
-            call.num_tokens = num_tokens;
-            call.queries = at<const float>(queries);
-            call.query_token_stride = token_stride;
-            call.query_head_stride = head_stride;
-            call.query_start = at<const int32_t>(query_start);
-            call.query_positions = at<const int32_t>(query_positions);
-            call.mass_rows = at<const int32_t>(mass_rows);
-            call.out = at<float>(out);
-            call.lse = at<float>(lse);
-            call.num_threads = num_threads;
-            std::vector<Segment> all;
-            for (const auto& fields : segments) all.push_back(segment_of(fields));
-            const InstructionSet& functions = set_called(set);
-            const nb::gil_scoped_release unlocked;
-            attend(workspace, functions, call, all);
-        });
+    m.def("attend", [](Workspace& workspace, const std::string& set, int storage, int num_heads, int group, int key_dim,
+                       int value_dim, int64_t num_tokens, int num_sequences, uintptr_t queries, int64_t token_stride,
+                       int64_t head_stride, uintptr_t query_start, uintptr_t query_positions, uintptr_t mass_rows,
+                       const std::vector<std::vector<int64_t>>& segments, uintptr_t out, uintptr_t lse, float scale,
+                       int window, float softcap, int num_threads) {
+        AttendCall call{};
+        call.shape = {Storage(storage), key_dim, value_dim, group, window, softcap, scale};
+        call.num_heads = num_heads;
+        call.num_sequences = num_sequences;
+        call.num_tokens = num_tokens;
+        call.queries = at<const float>(queries);
+        call.query_token_stride = token_stride;
+        call.query_head_stride = head_stride;
+        call.query_start = at<const int32_t>(query_start);
+        call.query_positions = at<const int32_t>(query_positions);
+        call.mass_rows = at<const int32_t>(mass_rows);
+        call.out = at<float>(out);
+        call.lse = at<float>(lse);
+        call.num_threads = num_threads;
+        std::vector<Segment> all;
+        for (const auto& fields : segments) all.push_back(segment_of(fields));
+        const InstructionSet& functions = set_called(set);
+        const nb::gil_scoped_release unlocked;
+        attend(workspace, functions, call, all);
+    });
 }
 
 void bind_rows(nb::module_& m) {
     using Unlocked = nb::call_guard<nb::gil_scoped_release>;
     m.def(
         "gather",
-        [](uintptr_t arena, int64_t num_slots, int64_t row_bytes, uintptr_t slots, int64_t n, uintptr_t out, int num_threads) {
-            gather_rows({at<char>(arena), num_slots, row_bytes}, at<const int64_t>(slots), n, at<char>(out), num_threads);
+        [](uintptr_t arena, int64_t num_slots, int64_t row_bytes, uintptr_t slots, int64_t n, uintptr_t out,
+           int num_threads) {
+            gather_rows({at<char>(arena), num_slots, row_bytes}, at<const int64_t>(slots), n, at<char>(out),
+                        num_threads);
         },
         Unlocked());
     m.def(
         "scatter",
-        [](uintptr_t rows, uintptr_t arena, int64_t num_slots, int64_t row_bytes, uintptr_t slots, int64_t n, int num_threads) {
-            scatter_rows(at<const char>(rows), {at<char>(arena), num_slots, row_bytes}, at<const int64_t>(slots), n, num_threads);
+        [](uintptr_t rows, uintptr_t arena, int64_t num_slots, int64_t row_bytes, uintptr_t slots, int64_t n,
+           int num_threads) {
+            scatter_rows(at<const char>(rows), {at<char>(arena), num_slots, row_bytes}, at<const int64_t>(slots), n,
+                         num_threads);
         },
         Unlocked());
     m.def(
@@ -113,20 +116,22 @@ void bind_rows(nb::module_& m) {
         Unlocked());
     m.def(
         "copy_pages",
-        [](uintptr_t source, int64_t num_source, uintptr_t source_pages, uintptr_t target, int64_t num_target, uintptr_t target_pages,
-           int64_t page_bytes, int64_t n, int num_threads) {
-            copy_rows({at<char>(source), num_source, page_bytes}, at<const int64_t>(source_pages), {at<char>(target), num_target, page_bytes},
-                      at<const int64_t>(target_pages), n, num_threads);
+        [](uintptr_t source, int64_t num_source, uintptr_t source_pages, uintptr_t target, int64_t num_target,
+           uintptr_t target_pages, int64_t page_bytes, int64_t n, int num_threads) {
+            copy_rows({at<char>(source), num_source, page_bytes}, at<const int64_t>(source_pages),
+                      {at<char>(target), num_target, page_bytes}, at<const int64_t>(target_pages), n, num_threads);
         },
         Unlocked());
-    m.def("append", [](const std::string& set, uintptr_t rows, int64_t token_bytes, int64_t head_bytes, bool narrow, int storage, int64_t dim,
-                       uintptr_t arena, int64_t num_slots, int64_t row_bytes, int64_t num_tokens, int64_t num_heads, uintptr_t slots,
-                       bool per_head, int64_t block_size, int64_t page_stride, int64_t page_offset, int num_threads) {
+    m.def("append", [](const std::string& set, uintptr_t rows, int64_t token_bytes, int64_t head_bytes, bool narrow,
+                       int storage, int64_t dim, uintptr_t arena, int64_t num_slots, int64_t row_bytes,
+                       int64_t num_tokens, int64_t num_heads, uintptr_t slots, bool per_head, int64_t block_size,
+                       int64_t page_stride, int64_t page_offset, int num_threads) {
         const InstructionSet& functions = set_called(set);
         const nb::gil_scoped_release unlocked;
         append_rows(functions, {at<const char>(rows), token_bytes, head_bytes, narrow, Storage(storage), dim},
                     {at<char>(arena), num_slots, row_bytes},
-                    {num_tokens, num_heads, at<const int64_t>(slots), per_head, block_size, page_stride, page_offset}, num_threads);
+                    {num_tokens, num_heads, at<const int64_t>(slots), per_head, block_size, page_stride, page_offset},
+                    num_threads);
     });
 }
 

@@ -1,8 +1,8 @@
 // Attention of many rows over many keys: bound by arithmetic, so all of it is register-blocked matrix products.
 // Included by instruction_set.cpp, once per instruction set. Products and sums are float32 for every storage.
 //
-// Vector lanes run along query rows. Keys and values are then broadcast operands, which need no transposing, and the softmax
-// (maximum, sum, rescaling) is lane by lane, without reductions across a vector.
+// Vector lanes run along query rows. Keys and values are then broadcast operands, which need no transposing, and the
+// softmax (maximum, sum, rescaling) is lane by lane, without reductions across a vector.
 
 namespace {
 
@@ -31,7 +31,8 @@ inline const float* row_query(const QueryView& queries, int32_t group, int32_t r
     return queries.data + (row / group) * queries.token_stride + (row % group) * queries.head_stride;
 }
 
-inline void start_group(const Shape& shape, const QueryView& queries, int32_t first_row, int32_t last_row, RowGroup& group) {
+inline void start_group(const Shape& shape, const QueryView& queries, int32_t first_row, int32_t last_row,
+                        RowGroup& group) {
     group.first_row = first_row;
     group.count = last_row - first_row < kMaxGroupRows ? last_row - first_row : kMaxGroupRows;
     group.vectors = (group.count + Vec::kLanes - 1) / Vec::kLanes;
@@ -79,15 +80,20 @@ void widen_tile(const typename S::Bits* arena, int32_t dim, const Tile& tile, fl
 
 void widen_tile(Storage storage, const void* arena, int32_t dim, const Tile& tile, float* target) {
     switch (storage) {
-        case Storage::kFloat32: return widen_tile<Float32>(static_cast<const float*>(arena), dim, tile, target);
-        case Storage::kBFloat16: return widen_tile<BFloat16>(static_cast<const uint16_t*>(arena), dim, tile, target);
-        case Storage::kFloat16: return widen_tile<Float16>(static_cast<const uint16_t*>(arena), dim, tile, target);
+        case Storage::kFloat32:
+            return widen_tile<Float32>(static_cast<const float*>(arena), dim, tile, target);
+        case Storage::kBFloat16:
+            return widen_tile<BFloat16>(static_cast<const uint16_t*>(arena), dim, tile, target);
+        case Storage::kFloat16:
+            return widen_tile<Float16>(static_cast<const uint16_t*>(arena), dim, tile, target);
     }
 }
 
-// c[j][lane] = (alpha ? c[j][lane] * alpha[lane] : 0) + sum over k of b[j * b_column + k * b_step] * a[k][lane], for V vectors, N columns.
+// c[j][lane] = (alpha ? c[j][lane] * alpha[lane] : 0) + sum over k of b[j * b_column + k * b_step] * a[k][lane], for V
+// vectors, N columns.
 template <int V, int N>
-inline void product_block(int32_t steps, const float* a, const float* b, int64_t b_column, int64_t b_step, const float* alpha, float* c) {
+inline void product_block(int32_t steps, const float* a, const float* b, int64_t b_column, int64_t b_step,
+                          const float* alpha, float* c) {
     constexpr int W = Vec::kLanes;
     Vec sums[N][V];
     for (int j = 0; j < N; ++j) {
@@ -109,16 +115,20 @@ inline void product_block(int32_t steps, const float* a, const float* b, int64_t
 }
 
 template <int V>
-void product(int32_t columns, int32_t steps, const float* a, const float* b, int64_t b_column, int64_t b_step, const float* alpha, float* c) {
+void product(int32_t columns, int32_t steps, const float* a, const float* b, int64_t b_column, int64_t b_step,
+             const float* alpha, float* c) {
     int32_t j = 0;
     for (; j + kColumns <= columns; j += kColumns) {
-        product_block<V, kColumns>(steps, a, b + j * b_column, b_column, b_step, alpha, c + int64_t(j) * V * Vec::kLanes);
+        product_block<V, kColumns>(steps, a, b + j * b_column, b_column, b_step, alpha,
+                                   c + int64_t(j) * V * Vec::kLanes);
     }
-    for (; j < columns; ++j) product_block<V, 1>(steps, a, b + j * b_column, b_column, b_step, alpha, c + int64_t(j) * V * Vec::kLanes);
+    for (; j < columns; ++j)
+        product_block<V, 1>(steps, a, b + j * b_column, b_column, b_step, alpha, c + int64_t(j) * V * Vec::kLanes);
 }
 
 // Invisible keys of a score tile [count][lanes] become -inf.
-inline void hide_rows(const Shape& shape, const SegmentView& segment, const RowGroup& group, const Tile& tile, float* scores) {
+inline void hide_rows(const Shape& shape, const SegmentView& segment, const RowGroup& group, const Tile& tile,
+                      float* scores) {
     constexpr int W = Vec::kLanes;
     const bool by_position = shape.window && segment.positions;
     const Vec hidden = broadcast(kMinusInfinity);
@@ -130,8 +140,10 @@ inline void hide_rows(const Shape& shape, const SegmentView& segment, const RowG
                 const IVec below = load_int(group.sight_lo + v * W) - broadcast_int(1);
                 Mask seen = both(less(below, index), less(index, load_int(group.sight_hi + v * W)));
                 if (by_position) {
-                    const IVec distance = load_int(group.position + v * W) - broadcast_int(segment.positions[tile.spans[s].slot + i]);
-                    seen = both(seen, both(less(broadcast_int(-1), distance), less(distance, broadcast_int(shape.window))));
+                    const IVec distance =
+                        load_int(group.position + v * W) - broadcast_int(segment.positions[tile.spans[s].slot + i]);
+                    seen = both(seen,
+                                both(less(broadcast_int(-1), distance), less(distance, broadcast_int(shape.window))));
                 }
                 store(at, select(seen, load(at), hidden));
             }
@@ -145,7 +157,8 @@ inline void cap_scores(float softcap, int32_t n, float* scores) {
 
 // Scores [count][lanes] of a group against widened keys, capped and masked.
 template <int V>
-void group_scores(const Shape& shape, const SegmentView& segment, const RowGroup& group, const Tile& tile, const float* keys, float* scores) {
+void group_scores(const Shape& shape, const SegmentView& segment, const RowGroup& group, const Tile& tile,
+                  const float* keys, float* scores) {
     product<V>(tile.count, shape.key_dim, group.queries, keys, shape.key_dim, 1, nullptr, scores);
     if (shape.softcap != 0.0f) cap_scores(shape.softcap, tile.count * V * Vec::kLanes, scores);
     bool all_seen = !(shape.window && segment.positions);
@@ -180,8 +193,8 @@ void group_softmax(RowGroup& group, int32_t count, float* scores, float* alpha) 
 }
 
 template <int V>
-void visit_group(const Shape& shape, const SegmentView& segment, RowGroup& group, const Tile& tile, const float* keys, const float* values,
-                 float* scores) {
+void visit_group(const Shape& shape, const SegmentView& segment, RowGroup& group, const Tile& tile, const float* keys,
+                 const float* values, float* scores) {
     float alpha[kMaxGroupRows];
     group_scores<V>(shape, segment, group, tile, keys, scores);
     group_softmax<V>(group, tile.count, scores, alpha);
@@ -244,10 +257,11 @@ void prefill(const PrefillTask& task) {
     for (int32_t g = 0; g < num_groups; ++g) finish_group(task, groups[g]);
 }
 
-// received[t][lane] += the probabilities of the group's rows for each key of the tile; lanes are summed up by the caller.
+// received[t][lane] += the probabilities of the group's rows for each key of the tile; lanes are summed up by the
+// caller.
 template <int V>
-void add_received(const Shape& shape, const SegmentView& segment, const RowGroup& group, const float* lse, const Tile& tile,
-                  const float* keys, float* scores, float* received) {
+void add_received(const Shape& shape, const SegmentView& segment, const RowGroup& group, const float* lse,
+                  const Tile& tile, const float* keys, float* scores, float* received) {
     constexpr int W = Vec::kLanes;
     group_scores<V>(shape, segment, group, tile, keys, scores);
     for (int32_t t = 0; t < tile.count; ++t) {
@@ -278,7 +292,9 @@ void prefill_mass(const PrefillMassTask& task) {
             for (int32_t i = 0; i < group.lanes(); ++i) {
                 const int32_t at = row + i;
                 // Spare lanes get +inf: their probabilities are 0. So do rows that see nothing, whose lse is -inf.
-                const float value = i < group.count ? task.lse[(at / shape.group) * task.lse_token_stride + at % shape.group] : kMinusInfinity;
+                const float value = i < group.count
+                                        ? task.lse[(at / shape.group) * task.lse_token_stride + at % shape.group]
+                                        : kMinusInfinity;
                 lse[num_groups][i] = value == kMinusInfinity ? -kMinusInfinity : value;
             }
             lo = group.lo < lo ? group.lo : lo;
@@ -294,9 +310,12 @@ void prefill_mass(const PrefillMassTask& task) {
             for (int32_t g = 0; g < num_groups; ++g) {
                 const RowGroup& group = groups[g];
                 if (group.hi <= tile.first || group.lo >= tile.first + tile.count) continue;
-                if (group.vectors == 3) add_received<3>(shape, task.segment, group, lse[g], tile, keys, scores, received);
-                if (group.vectors == 2) add_received<2>(shape, task.segment, group, lse[g], tile, keys, scores, received);
-                if (group.vectors == 1) add_received<1>(shape, task.segment, group, lse[g], tile, keys, scores, received);
+                if (group.vectors == 3)
+                    add_received<3>(shape, task.segment, group, lse[g], tile, keys, scores, received);
+                if (group.vectors == 2)
+                    add_received<2>(shape, task.segment, group, lse[g], tile, keys, scores, received);
+                if (group.vectors == 1)
+                    add_received<1>(shape, task.segment, group, lse[g], tile, keys, scores, received);
             }
             float* sums = task.received + (at - task.from);
             for (int32_t t = 0; t < tile.count; ++t) sums[t] += reduce_add(load(received + t * Vec::kLanes));
@@ -316,9 +335,12 @@ void narrow(Storage storage, const float* source, void* target, int64_t n) {
         std::memcpy(out + i, narrowed, (n - i) * sizeof(narrowed[0]));
     };
     switch (storage) {
-        case Storage::kFloat32: return convert(Float32{}, static_cast<float*>(target));
-        case Storage::kBFloat16: return convert(BFloat16{}, static_cast<uint16_t*>(target));
-        case Storage::kFloat16: return convert(Float16{}, static_cast<uint16_t*>(target));
+        case Storage::kFloat32:
+            return convert(Float32{}, static_cast<float*>(target));
+        case Storage::kBFloat16:
+            return convert(BFloat16{}, static_cast<uint16_t*>(target));
+        case Storage::kFloat16:
+            return convert(Float16{}, static_cast<uint16_t*>(target));
     }
 }
 

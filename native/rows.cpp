@@ -16,7 +16,8 @@ constexpr int64_t kRowsAhead = 8;  // rows lie anywhere: ask for them early
 
 char* row_at(const Arena& arena, int64_t slot) {
     if (slot < 0 || slot >= arena.num_slots) {
-        throw std::invalid_argument("slot " + std::to_string(slot) + " lies outside the arena of " + std::to_string(arena.num_slots) + " slots");
+        throw std::invalid_argument("slot " + std::to_string(slot) + " lies outside the arena of " +
+                                    std::to_string(arena.num_slots) + " slots");
     }
     return arena.data + slot * arena.row_bytes;
 }
@@ -30,7 +31,8 @@ void prefetch_row(const Arena& arena, int64_t slot) {
 template <class Body>
 void for_runs(int64_t n, int64_t bytes_each, int num_threads, Body body) {
     const int64_t step = std::max<int64_t>(1, kBytesPerRun / std::max<int64_t>(1, bytes_each));
-    parallel_for((n + step - 1) / step, num_threads, [&](int64_t run, int) { body(run * step, std::min(n, (run + 1) * step)); });
+    parallel_for((n + step - 1) / step, num_threads,
+                 [&](int64_t run, int) { body(run * step, std::min(n, (run + 1) * step)); });
 }
 
 }  // namespace
@@ -46,7 +48,8 @@ void gather_rows(const Arena& arena, const int64_t* slots, int64_t n, char* out,
 
 void scatter_rows(const char* rows, const Arena& arena, const int64_t* slots, int64_t n, int num_threads) {
     for_runs(n, arena.row_bytes, num_threads, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) std::memcpy(row_at(arena, slots[i]), rows + i * arena.row_bytes, arena.row_bytes);
+        for (int64_t i = from; i < to; ++i)
+            std::memcpy(row_at(arena, slots[i]), rows + i * arena.row_bytes, arena.row_bytes);
     });
 }
 
@@ -57,7 +60,8 @@ void move_rows(const Arena& arena, const int64_t* source, const int64_t* target,
     }
 }
 
-void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& target, const int64_t* target_rows, int64_t n, int num_threads) {
+void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& target, const int64_t* target_rows,
+               int64_t n, int num_threads) {
     for_runs(n, source.row_bytes, num_threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             if (i + 1 < to) prefetch_row(source, source_rows[i + 1]);
@@ -66,7 +70,8 @@ void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& tar
     });
 }
 
-void append_rows(const InstructionSet& set, const NewRows& rows, const Arena& arena, const AppendTarget& target, int num_threads) {
+void append_rows(const InstructionSet& set, const NewRows& rows, const Arena& arena, const AppendTarget& target,
+                 int num_threads) {
     for_runs(target.num_tokens, target.num_heads * arena.row_bytes, num_threads, [&](int64_t from, int64_t to) {
         for (int64_t t = from; t < to; ++t) {
             for (int64_t h = 0; h < target.num_heads; ++h) {

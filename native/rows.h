@@ -21,7 +21,8 @@ void scatter_rows(const char* rows, const Arena& arena, const int64_t* slots, in
 void move_rows(const Arena& arena, const int64_t* source, const int64_t* target, int64_t n);
 
 // A "row" of both arenas is a whole page here.
-void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& target, const int64_t* target_rows, int64_t n, int num_threads);
+void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& target, const int64_t* target_rows,
+               int64_t n, int num_threads);
 
 // New rows [T, H, dim] of keys or values and where they go.
 struct NewRows {
@@ -36,13 +37,14 @@ struct NewRows {
 struct AppendTarget {
     int64_t num_tokens;
     int64_t num_heads;
-    const int64_t* slots;    // [T] of whole blocks, or [T, H] in page space
+    const int64_t* slots;  // [T] of whole blocks, or [T, H] in page space
     bool per_head;
     int64_t block_size;
     int64_t page_stride;
     int64_t page_offset;
 };
 
-void append_rows(const InstructionSet& set, const NewRows& rows, const Arena& arena, const AppendTarget& target, int num_threads);
+void append_rows(const InstructionSet& set, const NewRows& rows, const Arena& arena, const AppendTarget& target,
+                 int num_threads);
 
 }  // namespace kvwise

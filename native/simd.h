@@ -1,7 +1,8 @@
 // One float32 vector type per instruction set, chosen by the flags this file is compiled with.
 //
-// Everything lives in an anonymous namespace and nothing here may call a library template: a function emitted with AVX-512
-// code under a name shared with another object could be the copy the linker keeps, and an older CPU would then run it.
+// Everything lives in an anonymous namespace and nothing here may call a library template: a function emitted with
+// AVX-512 code under a name shared with another object could be the copy the linker keeps, and an older CPU would then
+// run it.
 #pragma once
 
 #include <cstdint>
@@ -37,29 +38,73 @@ struct IVec {
 };
 using Mask = __mmask16;
 
-inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
-inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
-inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
-inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
-inline bool all(Mask m) { return m == 0xFFFF; }
-inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
+inline Vec load(const float* p) {
+    return {_mm512_loadu_ps(p)};
+}
+inline void store(float* p, Vec a) {
+    _mm512_storeu_ps(p, a.v);
+}
+inline Vec broadcast(float x) {
+    return {_mm512_set1_ps(x)};
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Vec operator+(Vec a, Vec b) {
+    return {_mm512_add_ps(a.v, b.v)};
+}
+inline Vec operator-(Vec a, Vec b) {
+    return {_mm512_sub_ps(a.v, b.v)};
+}
+inline Vec operator*(Vec a, Vec b) {
+    return {_mm512_mul_ps(a.v, b.v)};
+}
+inline Vec operator/(Vec a, Vec b) {
+    return {_mm512_div_ps(a.v, b.v)};
+}
+inline Vec larger(Vec a, Vec b) {
+    return {_mm512_max_ps(a.v, b.v)};
+}
+inline Vec smaller(Vec a, Vec b) {
+    return {_mm512_min_ps(a.v, b.v)};
+}
+inline float reduce_add(Vec a) {
+    return _mm512_reduce_add_ps(a.v);
+}
+inline float reduce_max(Vec a) {
+    return _mm512_reduce_max_ps(a.v);
+}
+inline Mask equal(Vec a, Vec b) {
+    return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);
+}
+inline bool all(Mask m) {
+    return m == 0xFFFF;
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+    return {_mm512_mask_blend_ps(m, no.v, yes.v)};
+}
 
-inline IVec load_int(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-inline IVec broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline IVec iota_int() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
-inline IVec operator+(IVec a, IVec b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline IVec operator-(IVec a, IVec b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-inline Mask less(IVec a, IVec b) { return _mm512_cmplt_epi32_mask(a.v, b.v); }
-inline Mask both(Mask a, Mask b) { return a & b; }
+inline IVec load_int(const int32_t* p) {
+    return {_mm512_loadu_si512(p)};
+}
+inline IVec broadcast_int(int32_t x) {
+    return {_mm512_set1_epi32(x)};
+}
+inline IVec iota_int() {
+    return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+}
+inline IVec operator+(IVec a, IVec b) {
+    return {_mm512_add_epi32(a.v, b.v)};
+}
+inline IVec operator-(IVec a, IVec b) {
+    return {_mm512_sub_epi32(a.v, b.v)};
+}
+inline Mask less(IVec a, IVec b) {
+    return _mm512_cmplt_epi32_mask(a.v, b.v);
+}
+inline Mask both(Mask a, Mask b) {
+    return a & b;
+}
 
 // e^x by 2^n * p(r) (Cephes' expf polynomial); exactly 0 for x = -inf, about 1 ulp elsewhere below 0.
 inline Vec exponential(Vec x) {
@@ -77,7 +122,9 @@ inline Vec exponential(Vec x) {
     return {_mm512_scalef_ps(p, n)};
 }
 
-inline Vec load_as_float(Float32, const float* p) { return load(p); }
+inline Vec load_as_float(Float32, const float* p) {
+    return load(p);
+}
 inline Vec load_as_float(Float16, const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
@@ -88,7 +135,9 @@ inline Vec load_as_float(BFloat16, const uint16_t* p) {
     return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 // The first n < kLanes elements, zeros after them; reads nothing behind them.
-inline Vec load_tail(Float32, const float* p, int n) { return {_mm512_maskz_loadu_ps((1u << n) - 1, p)}; }
+inline Vec load_tail(Float32, const float* p, int n) {
+    return {_mm512_maskz_loadu_ps((1u << n) - 1, p)};
+}
 inline Vec load_tail(Float16, const uint16_t* p, int n) {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p))};
 }
@@ -96,7 +145,9 @@ inline Vec load_tail(BFloat16, const uint16_t* p, int n) {
     return widen_bfloat16(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }
 
-inline void store_as(Float32, float* p, Vec a) { store(p, a); }
+inline void store_as(Float32, float* p, Vec a) {
+    store(p, a);
+}
 inline void store_as(Float16, uint16_t* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -139,16 +190,36 @@ struct Mask {
     __m256 v;
 };
 
-inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
-inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
-inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-inline Vec smaller(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec load(const float* p) {
+    return {_mm256_loadu_ps(p)};
+}
+inline void store(float* p, Vec a) {
+    _mm256_storeu_ps(p, a.v);
+}
+inline Vec broadcast(float x) {
+    return {_mm256_set1_ps(x)};
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+inline Vec operator+(Vec a, Vec b) {
+    return {_mm256_add_ps(a.v, b.v)};
+}
+inline Vec operator-(Vec a, Vec b) {
+    return {_mm256_sub_ps(a.v, b.v)};
+}
+inline Vec operator*(Vec a, Vec b) {
+    return {_mm256_mul_ps(a.v, b.v)};
+}
+inline Vec operator/(Vec a, Vec b) {
+    return {_mm256_div_ps(a.v, b.v)};
+}
+inline Vec larger(Vec a, Vec b) {
+    return {_mm256_max_ps(a.v, b.v)};
+}
+inline Vec smaller(Vec a, Vec b) {
+    return {_mm256_min_ps(a.v, b.v)};
+}
 inline float reduce_add(Vec a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -159,24 +230,44 @@ inline float reduce_max(Vec a) {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-inline Mask equal(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
-inline bool all(Mask m) { return _mm256_movemask_ps(m.v) == 0xFF; }
-inline Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m.v)}; }
+inline Mask equal(Vec a, Vec b) {
+    return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)};
+}
+inline bool all(Mask m) {
+    return _mm256_movemask_ps(m.v) == 0xFF;
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+    return {_mm256_blendv_ps(no.v, yes.v, m.v)};
+}
 
-inline IVec load_int(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-inline IVec broadcast_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
-inline IVec iota_int() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
-inline IVec operator+(IVec a, IVec b) { return {_mm256_add_epi32(a.v, b.v)}; }
-inline IVec operator-(IVec a, IVec b) { return {_mm256_sub_epi32(a.v, b.v)}; }
-inline Mask less(IVec a, IVec b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
-inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
+inline IVec load_int(const int32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline IVec broadcast_int(int32_t x) {
+    return {_mm256_set1_epi32(x)};
+}
+inline IVec iota_int() {
+    return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)};
+}
+inline IVec operator+(IVec a, IVec b) {
+    return {_mm256_add_epi32(a.v, b.v)};
+}
+inline IVec operator-(IVec a, IVec b) {
+    return {_mm256_sub_epi32(a.v, b.v)};
+}
+inline Mask less(IVec a, IVec b) {
+    return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))};
+}
+inline Mask both(Mask a, Mask b) {
+    return {_mm256_and_ps(a.v, b.v)};
+}
 
 // e^x by 2^n * p(r) (Cephes' expf polynomial); exactly 0 below the smallest normal number.
 inline Vec exponential(Vec x) {
     const __m256 lowest = _mm256_set1_ps(-87.33f);
     const __m256 clamped = _mm256_max_ps(x.v, lowest);
-    const __m256 n =
-        _mm256_round_ps(_mm256_mul_ps(clamped, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(clamped, _mm256_set1_ps(1.44269504088896341f)),
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), clamped);
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
     __m256 p = _mm256_set1_ps(1.9875691500e-4f);
@@ -191,7 +282,9 @@ inline Vec exponential(Vec x) {
     return {_mm256_and_ps(kept, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)))};
 }
 
-inline Vec load_as_float(Float32, const float* p) { return load(p); }
+inline Vec load_as_float(Float32, const float* p) {
+    return load(p);
+}
 inline Vec load_as_float(Float16, const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -207,7 +300,9 @@ inline Vec load_tail(S storage, const typename S::Bits* p, int n) {
     return load_as_float(storage, padded);
 }
 
-inline void store_as(Float32, float* p, Vec a) { store(p, a); }
+inline void store_as(Float32, float* p, Vec a) {
+    store(p, a);
+}
 inline void store_as(Float16, uint16_t* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -241,36 +336,74 @@ inline Vec load(const float* p) {
     std::memcpy(&a.v, p, sizeof(a.v));
     return a;
 }
-inline void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
-inline Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
-inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
-inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
-inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
-inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
-inline Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
-inline Vec smaller(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
-inline float reduce_add(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline void store(float* p, Vec a) {
+    std::memcpy(p, &a.v, sizeof(a.v));
+}
+inline Vec broadcast(float x) {
+    return {Float4{x, x, x, x}};
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+    return {a.v * b.v + c.v};
+}
+inline Vec operator+(Vec a, Vec b) {
+    return {a.v + b.v};
+}
+inline Vec operator-(Vec a, Vec b) {
+    return {a.v - b.v};
+}
+inline Vec operator*(Vec a, Vec b) {
+    return {a.v * b.v};
+}
+inline Vec operator/(Vec a, Vec b) {
+    return {a.v / b.v};
+}
+inline Vec larger(Vec a, Vec b) {
+    return {a.v > b.v ? a.v : b.v};
+}
+inline Vec smaller(Vec a, Vec b) {
+    return {a.v < b.v ? a.v : b.v};
+}
+inline float reduce_add(Vec a) {
+    return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+}
 inline float reduce_max(Vec a) {
     const float x = a.v[0] > a.v[1] ? a.v[0] : a.v[1];
     const float y = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
     return x > y ? x : y;
 }
-inline Mask equal(Vec a, Vec b) { return {a.v == b.v}; }
-inline bool all(Mask m) { return (m.v[0] & m.v[1] & m.v[2] & m.v[3]) != 0; }
-inline Vec select(Mask m, Vec yes, Vec no) { return {m.v ? yes.v : no.v}; }
+inline Mask equal(Vec a, Vec b) {
+    return {a.v == b.v};
+}
+inline bool all(Mask m) {
+    return (m.v[0] & m.v[1] & m.v[2] & m.v[3]) != 0;
+}
+inline Vec select(Mask m, Vec yes, Vec no) {
+    return {m.v ? yes.v : no.v};
+}
 
 inline IVec load_int(const int32_t* p) {
     IVec a;
     std::memcpy(&a.v, p, sizeof(a.v));
     return a;
 }
-inline IVec broadcast_int(int32_t x) { return {Int4{x, x, x, x}}; }
-inline IVec iota_int() { return {Int4{0, 1, 2, 3}}; }
-inline IVec operator+(IVec a, IVec b) { return {a.v + b.v}; }
-inline IVec operator-(IVec a, IVec b) { return {a.v - b.v}; }
-inline Mask less(IVec a, IVec b) { return {a.v < b.v}; }
-inline Mask both(Mask a, Mask b) { return {a.v & b.v}; }
+inline IVec broadcast_int(int32_t x) {
+    return {Int4{x, x, x, x}};
+}
+inline IVec iota_int() {
+    return {Int4{0, 1, 2, 3}};
+}
+inline IVec operator+(IVec a, IVec b) {
+    return {a.v + b.v};
+}
+inline IVec operator-(IVec a, IVec b) {
+    return {a.v - b.v};
+}
+inline Mask less(IVec a, IVec b) {
+    return {a.v < b.v};
+}
+inline Mask both(Mask a, Mask b) {
+    return {a.v & b.v};
+}
 
 // e^x by 2^n * p(r) (Cephes' expf polynomial); exactly 0 below the smallest normal number.
 inline Vec exponential(Vec x) {
@@ -297,8 +430,12 @@ inline float from_bits(uint32_t bits) {
     std::memcpy(&x, &bits, sizeof(x));
     return x;
 }
-inline float widen(Float32, float x) { return x; }
-inline float widen(BFloat16, uint16_t bits) { return from_bits(uint32_t(bits) << 16); }
+inline float widen(Float32, float x) {
+    return x;
+}
+inline float widen(BFloat16, uint16_t bits) {
+    return from_bits(uint32_t(bits) << 16);
+}
 // Exponent re-biased by a multiplication, which also gets subnormal numbers right.
 inline float widen(Float16, uint16_t bits) {
     const uint32_t sign = uint32_t(bits & 0x8000) << 16;
@@ -317,7 +454,9 @@ inline Vec load_as_float(S storage, const typename S::Bits* p) {
     return load_tail(storage, p, Vec::kLanes);
 }
 
-inline void store_as(Float32, float* p, Vec a) { store(p, a); }
+inline void store_as(Float32, float* p, Vec a) {
+    store(p, a);
+}
 // Round to nearest even by hand; float16 subnormals come from adding a magic number that shifts the mantissa.
 inline uint16_t narrow_float16(float x) {
     uint32_t bits;
@@ -357,7 +496,9 @@ inline void store_as(BFloat16, uint16_t* p, Vec a) {
     for (int i = 0; i < Vec::kLanes; ++i) p[i] = narrow_bfloat16(wide[i]);
 }
 
-inline Vec zero() { return broadcast(0.0f); }
+inline Vec zero() {
+    return broadcast(0.0f);
+}
 
 // softcap * tanh(x / softcap), by tanh(y) = 1 - 2 / (e^2y + 1); exact to about 1e-7 of the cap.
 inline Vec soft_capped(Vec x, float softcap) {

@@ -1,7 +1,7 @@
 // What the driver hands to the code of one instruction set: plain values only, so that both sides agree on the layout.
 //
-// Words: a *row* is one (query, query head) pair that reads the KV head at hand; of n queries with G heads each, row r is
-// query r / G, head r % G. A *tile* is a run of slots handled at once. T tokens, R rows, Dk/Dv head dims.
+// Words: a *row* is one (query, query head) pair that reads the KV head at hand; of n queries with G heads each, row r
+// is query r / G, head r % G. A *tile* is a run of slots handled at once. T tokens, R rows, Dk/Dv head dims.
 #pragma once
 
 #include <cstdint>
@@ -37,11 +37,11 @@ struct Shape {
 
 // The queries of one sequence for one KV head.
 struct QueryView {
-    const float* data;           // query 0, head 0 of the group
-    int64_t token_stride;        // elements from one query to the next
-    int64_t head_stride;         // elements from one head to the next
-    const int32_t* positions;    // of query 0 on, null: length - n + i
-    int32_t num_queries;         // n
+    const float* data;         // query 0, head 0 of the group
+    int64_t token_stride;      // elements from one query to the next
+    int64_t head_stride;       // elements from one head to the next
+    const int32_t* positions;  // of query 0 on, null: length - n + i
+    int32_t num_queries;       // n
 };
 
 // Softmax so far over some keys: out is unnormalised, relative to `maximum` per row.
@@ -69,7 +69,7 @@ struct DecodeTask {
 // Adds to the mass of every key of a DecodeTask what the rows gave it, by the rows' final log-sum-exp.
 struct DecodeMassTask {
     const DecodeTask* decode;
-    const float* lse;           // [R]
+    const float* lse;  // [R]
     int32_t first_counted_row;
 };
 
@@ -103,18 +103,23 @@ struct PrefillMassTask {
     float* workspace;
 };
 
-constexpr int kDecodeTile = 64;  // most keys of a tile; fewer where rows are long
+constexpr int kDecodeTile = 64;   // most keys of a tile; fewer where rows are long
 constexpr int kDecodeSlack = 16;  // score stores may run this far over a tile
-constexpr int kMaxDecodeRows = 8;
-constexpr int kPrefillKeys = 64;      // keys of one tile
-constexpr int kPrefillRows = 192;     // rows of one task
-constexpr int kMassKeys = 1024;       // keys of one mass task
+constexpr int kMaxDecodeRows = 16;
+constexpr int kPrefillKeys = 64;   // keys of one tile
+constexpr int kPrefillRows = 192;  // rows of one task
+constexpr int kMassKeys = 1024;    // keys of one mass task
 constexpr int kMaxLanes = 16;
 
-inline int64_t padded(int64_t n) { return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+inline int64_t padded(int64_t n) {
+    return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
+}
 
-// Number of tiles, all segments together, that a decode over so many keys visits at most (no tile is cut below 16 keys).
-inline int64_t decode_tiles(int64_t keys, int32_t num_segments) { return keys / 16 + 2 * num_segments + 1; }
+// Number of tiles, all segments together, that a decode over so many keys visits at most (no tile is cut below 16
+// keys).
+inline int64_t decode_tiles(int64_t keys, int32_t num_segments) {
+    return keys / 16 + 2 * num_segments + 1;
+}
 
 inline int64_t prefill_workspace(const Shape& shape) {
     return (padded(shape.key_dim) + padded(shape.value_dim)) * (kPrefillRows + 3 * kMaxLanes + kPrefillKeys) +

@@ -1,6 +1,6 @@
-// An own pool would fight with torch's: its idle threads spin for milliseconds after each of its operations, on the very
-// cores that attention needs next. So the work goes to those threads, through libgomp's entry point, found at run time in the
-// copy that torch has loaded: nothing is linked and no second OpenMP runtime can appear.
+// An own pool would fight with torch's: its idle threads spin for milliseconds after each of its operations, on the
+// very cores that attention needs next. So the work goes to those threads, through libgomp's entry point, found at run
+// time in the copy that torch has loaded: nothing is linked and no second OpenMP runtime can appear.
 #include "threads.h"
 
 #include <dlfcn.h>

@@ -26,7 +26,7 @@ def leak(cache):
 
 
 def free_twice(cache):
-    cache._pool.push(np.array([0], np.int32))
+    cache._pool.push(np.array([0]))
 
 
 def extra_reference(cache):

@@ -33,10 +33,7 @@ def test_every_field_of_the_identity_changes_every_key(name):
 
 
 def test_fields_cannot_run_into_each_other():
-    assert (
-        replace(IDENTITY, model="ab", revision="c").root()
-        != replace(IDENTITY, model="a", revision="bc").root()
-    )
+    assert replace(IDENTITY, model="ab", revision="c").root() != replace(IDENTITY, model="a", revision="bc").root()
     assert replace(IDENTITY, adapter='"]').root("x") != replace(IDENTITY, adapter="").root('"]x')
 
 

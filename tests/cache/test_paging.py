@@ -120,13 +120,13 @@ def test_freed_pages_of_one_head_serve_any_other(make_cache):
 
 def test_pages_come_from_the_fullest_broken_block_so_that_others_become_whole(make_cache):
     cache = make_cache(num_blocks=3, sharing=False)
-    full, sparse = cache.prefill([1]), cache.prefill([2])
+    sparse, full = cache.prefill([1]), cache.prefill([2])
     cache.paginate(full, counts(1, 1, 1, 0))
     cache.finish_paginate(full)
     cache.paginate(sparse, counts(1, 0, 0, 0))
     cache.finish_paginate(sparse)
     grown = cache.grow_pages(sparse, counts(1, 1, 0, 0))
-    assert grown[0, 1, 0] // 4 == 0, "the free page of the block that has three of four used"
+    assert grown[0, 1, 0] // 4 == 1, "the free page of the block that has three of four used"
     cache.check()
     cache.release(sparse)
     assert cache.usage().num_free == 2
@@ -209,3 +209,25 @@ def test_growing_before_the_bytes_are_moved_is_refused(cache):
         cache.grow_pages(row, counts(0))
     with pytest.raises(UsageError, match="use grow_pages"):
         cache.trim_pages(row, counts(2))
+
+
+def test_a_head_may_keep_nothing_at_all(cache):
+    row = cache.prefill(PROMPT)
+    assert cache.paginate(row, counts(0)).shape == (2, 2, 0)
+    cache.finish_paginate(row)
+    assert cache.usage().num_referenced == 0
+    cache.check()
+    assert cache.grow_pages(row, counts(0)).shape == (2, 2, 0)
+    assert cache.trim_pages(row, counts(0)).shape == (2, 2, 0)
+    assert cache.grow_pages(row, counts(1)).shape == (2, 2, 1)
+    cache.check()
+
+
+def test_a_block_shared_with_a_fork_is_not_rewritten(make_cache):
+    cache = make_cache(sharing=False)
+    row = cache.prefill(list(range(8)))
+    twin, _ = cache.fork(row)
+    table = cache.paginate(twin, counts(1))
+    assert not set(table.flat) & {block * 4 + lane for block in cache.blocks(row) for lane in range(4)}
+    cache.finish_paginate(twin)
+    cache.check()

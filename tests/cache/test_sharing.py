@@ -176,3 +176,21 @@ def test_a_full_event_log_counts_what_it_loses(make_cache):
         cache.clear()
     assert len(cache.drain_events()) == 2
     assert cache.num_lost_events == 1
+
+
+def test_rows_with_and_without_keys_can_be_committed_together(cache):
+    keyed, keyless = cache.start(PROMPT[:8]), cache.start([70, 71, 72])
+    assert cache.reserve(keyless, 4)
+    cache.commit(np.array([keyless, keyed]), np.array([4, 8]))
+    assert cache.match(cache.keys(np.array(PROMPT)), 13).blocks.tolist() == cache.blocks(keyed)
+    assert cache.found([70, 71, 72, 73, 74]) == 0
+    cache.check()
+
+
+def test_the_first_to_announce_is_the_one_to_wait_for(cache):
+    first, second = cache.start(PROMPT), cache.start(PROMPT)
+    cache.release(second)
+    assert cache.why(PROMPT) == "being computed"
+    cache.release(first)
+    assert cache.why(PROMPT) == "never stored"
+    cache.check()

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kvwise.core.clock import VirtualClock
 from kvwise.core.output import FinishReason
 from kvwise.engine.engine import Engine
 from kvwise.engine.sequence import Phase
@@ -143,17 +145,11 @@ def test_a_request_that_no_wait_can_help_ends_with_a_reason(serve: Serve) -> Non
     first, second = prompts(100, 100, seed=3)
     run(engine, [first], greedy(2))
     cache = engine.memory.cache
-    assert cache.pin(cache.keys(sequence_keys(first))) == 6
+    assert cache.pin(cache.keys(np.array(first))) == 6
     (output,) = run(engine, [second], greedy(2))
     assert output.finish_reason is FinishReason.ERROR
     assert "raise kv_cache_memory_bytes" in output.error
     require_empty(engine)
-
-
-def sequence_keys(tokens: list[int]) -> Any:
-    import numpy as np
-
-    return np.asarray(tokens, dtype=np.int64)
 
 
 def test_figures_agree_with_each_other(serve: Serve) -> None:
@@ -181,8 +177,6 @@ def test_figures_agree_with_each_other(serve: Serve) -> None:
 
 
 def test_times_of_a_request_are_in_order(serve: Serve) -> None:
-    from kvwise.core.clock import VirtualClock
-
     clock = VirtualClock(100.0)
     engine = serve("llama-tiny", clock=clock, max_num_batched_tokens=16, max_num_seqs=4)
     engine.add_request(prompts(40)[0], greedy(3), request_id="a", arrival=99.5)

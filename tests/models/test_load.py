@@ -273,6 +273,11 @@ _SMALL = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id
             | {"intermediate_size": 64, "num_experts": 2, "use_mamba_kernels": False},
         ),
         (
+            "llama4_text",
+            {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+            | {"intermediate_size": 64, "intermediate_size_mlp": 64, "num_local_experts": 2},
+        ),
+        (
             "gpt_oss",
             {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
             | {"intermediate_size": 64, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
@@ -283,6 +288,15 @@ def test_attention_that_cannot_be_hooked(tmp_path: Path, model_type: str, fields
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": model_type} | _SMALL | fields))
     with pytest.raises(UnsupportedModel, match="cannot be hooked"):
+        load_model(str(path))
+
+
+def test_a_model_that_does_not_even_run(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    moe = {"num_experts": 4, "num_experts_per_tok": 8, "hidden_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    path.write_text(json.dumps({"model_type": "qwen3_moe"} | _SMALL | moe | heads))
+    with pytest.raises(UnsupportedModel, match="does not run"):
         load_model(str(path))
 
 

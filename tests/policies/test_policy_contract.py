@@ -10,12 +10,12 @@ NUM_BLOCKS = 24
 
 
 def ids(*blocks):
-    return np.array(blocks, np.int32)
+    return np.array(blocks, np.int64)
 
 
 def insert(policy, blocks, offered=True):
     """Make blocks resident; content of block b has tag b."""
-    policy.insert(blocks, blocks.astype(np.uint64), np.zeros(len(blocks), np.int32))
+    policy.insert(blocks, blocks.astype(np.uint64), np.zeros(len(blocks), np.int64))
     if offered:
         policy.offer(blocks)
 
@@ -35,7 +35,7 @@ def test_an_empty_policy_has_no_victims(policy):
 
 
 def test_every_offered_block_leaves_exactly_once(policy):
-    insert(policy, np.arange(NUM_BLOCKS, dtype=np.int32))
+    insert(policy, np.arange(NUM_BLOCKS, dtype=np.int64))
     assert len(policy) == NUM_BLOCKS
     left = np.concatenate([policy.victims(5) for _ in range(6)])
     assert sorted(left.tolist()) == list(range(NUM_BLOCKS))
@@ -72,7 +72,7 @@ def test_a_block_id_can_be_reused_for_new_content(policy):
 
 
 def test_victims_take_no_more_than_asked(policy):
-    insert(policy, np.arange(10, dtype=np.int32))
+    insert(policy, np.arange(10, dtype=np.int64))
     assert len(policy.victims(4)) == 4
     assert len(policy) == 6
 
@@ -84,7 +84,7 @@ def test_random_operations_against_sets(policy):
         absent = sorted(set(range(NUM_BLOCKS)) - held - offered)
         action = rng.integers(6)
         pool = sorted(({0: absent, 1: held, 2: offered, 3: held, 4: held | offered, 5: offered})[int(action)])
-        chosen = rng.permutation(pool)[: rng.integers(1, 6)].astype(np.int32)
+        chosen = rng.permutation(pool)[: rng.integers(1, 6)].astype(np.int64)
         if action == 0:
             insert(policy, chosen, offered=False)
             held |= set(chosen.tolist())

@@ -8,8 +8,6 @@ from kvwise.cache.store import BlockStore
 from kvwise.cache.tables import SequenceTables
 from kvwise.core.errors import InvariantError
 
-Int32 = npt.NDArray[np.int32]
-
 
 def check_conservation(store: BlockStore, tables: SequenceTables, paging: Paging) -> None:
     """Recompute everything from the tables up and compare; InvariantError at the first difference.
@@ -45,13 +43,9 @@ def _check_states(store: BlockStore) -> None:
     _require(bool((pool.refs >= 0).all()), f"negative reference count: {_first(pool.refs < 0)}")
     _require(bool((states == 1).all()), f"not in exactly one state: {_first(states != 1)}")
     _require(store.num_idle == int(idle.sum()), f"num_idle {store.num_idle} != {int(idle.sum())}")
-    _require(
-        pool.num_broken == int(pool.broken.sum()), f"num_broken {pool.num_broken} != {int(pool.broken.sum())}"
-    )
+    _require(pool.num_broken == int(pool.broken.sum()), f"num_broken {pool.num_broken} != {int(pool.broken.sum())}")
     offered = int((idle & ~store.lifecycle.pinned).sum())
-    _require(
-        len(store.policy) == offered, f"policy ranks {len(store.policy)} blocks, evictable are {offered}"
-    )
+    _require(len(store.policy) == offered, f"policy ranks {len(store.policy)} blocks, evictable are {offered}")
 
 
 def _check_references(store: BlockStore, tables: SequenceTables, paging: Paging) -> None:
@@ -108,9 +102,7 @@ def _check_lifecycle(store: BlockStore) -> None:
     """Only published blocks are pinned or expire; nothing is due before `soonest`."""
     life, keyed = store.lifecycle, store.index.keyed
     _require(not (life.pinned & ~keyed).any(), f"pinned but not resident: {_first(life.pinned & ~keyed)}")
-    _require(
-        life.num_pinned == int(life.pinned.sum()), f"num_pinned {life.num_pinned} != {int(life.pinned.sum())}"
-    )
+    _require(life.num_pinned == int(life.pinned.sum()), f"num_pinned {life.num_pinned} != {int(life.pinned.sum())}")
     dated = np.isfinite(life.expires_at)
     _require(not (dated & ~keyed).any(), f"expiry of an unpublished block: {_first(dated & ~keyed)}")
     _require(not (np.isfinite(life.pinned_until) & ~life.pinned).any(), "a pin's deadline without a pin")

@@ -3,7 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-Blocks = npt.NDArray[np.int32]
+from kvwise.policies.base import Blocks
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -54,8 +55,8 @@ class Lifecycle:
 
     def due(self, now: float) -> tuple[Blocks, Blocks]:
         """(expired blocks, blocks whose pin ended) at `now`; either may be empty."""
-        expired = np.flatnonzero(self.expires_at <= now).astype(np.int32)
-        unpinned = np.flatnonzero(self.pinned & (self.pinned_until <= now)).astype(np.int32)
+        expired = np.flatnonzero(self.expires_at <= now)
+        unpinned = np.flatnonzero(self.pinned & (self.pinned_until <= now))
         return expired, unpinned
 
     def find_soonest(self) -> None:

@@ -6,6 +6,7 @@ from kvwise.cache.identity import PrefixKeys
 from kvwise.cache.misses import Miss, MissReason, RemovalReason
 from kvwise.cache.store import BlockStore
 from kvwise.cache.values import Match
+from kvwise.policies.base import Blocks
 
 
 def find_match(store: BlockStore, keys: PrefixKeys, num_tokens: int, block_size: int) -> Match:
@@ -14,20 +15,18 @@ def find_match(store: BlockStore, keys: PrefixKeys, num_tokens: int, block_size:
     A block that is due to expire, though not swept yet, ends the run.
     """
     limit = min(len(keys), (num_tokens - 1) // block_size)
-    blocks = np.array(store.index.run(keys.chain, limit), np.int32)
+    blocks = np.array(store.index.run(keys.chain, limit), np.int64)
     fresh = _num_unexpired(store, blocks)
     expired = fresh < len(blocks)
     blocks = blocks[:fresh]
     num_pending = store.index.num_announced(keys.chain[fresh:limit]) if fresh < limit else 0
-    miss = (
-        Miss(MissReason.EXPIRED, fresh) if expired else _explain(store, keys, fresh, limit, num_pending > 0)
-    )
+    miss = Miss(MissReason.EXPIRED, fresh) if expired else _explain(store, keys, fresh, limit, num_pending > 0)
     return Match(blocks, fresh * block_size, num_pending * block_size, miss, store.index.generation)
 
 
 def no_match(store: BlockStore) -> Match:
     """The answer when sharing is off."""
-    return Match(np.zeros(0, np.int32), 0, 0, Miss(MissReason.SHARING_OFF, 0), store.index.generation)
+    return Match(np.zeros(0, np.int64), 0, 0, Miss(MissReason.SHARING_OFF, 0), store.index.generation)
 
 
 def stands(store: BlockStore, match: Match, keys: PrefixKeys) -> bool:
@@ -38,7 +37,7 @@ def stands(store: BlockStore, match: Match, keys: PrefixKeys) -> bool:
     return held == keys.chain[: len(held)]
 
 
-def _num_unexpired(store: BlockStore, blocks: np.ndarray[tuple[int], np.dtype[np.int32]]) -> int:
+def _num_unexpired(store: BlockStore, blocks: Blocks) -> int:
     if store.lifecycle.soonest > (now := store.clock.now()):
         return len(blocks)
     late = np.flatnonzero(store.lifecycle.expires_at[blocks] <= now)

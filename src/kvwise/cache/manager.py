@@ -18,7 +18,7 @@ from kvwise.cache.tables import UNBOUNDED, SequenceTables
 from kvwise.cache.values import Match, Move, Usage
 from kvwise.core.clock import Clock
 from kvwise.core.errors import CapacityError, InvariantError, UsageError
-from kvwise.policies.base import ReplacementPolicy
+from kvwise.policies.base import Blocks, ReplacementPolicy
 
 __all__ = ["CacheManager", "Identity", "Match", "Move", "PrefixKeys", "Usage"]
 
@@ -53,17 +53,11 @@ class CacheManager:
     ) -> None:
         sizes = (num_blocks, pages_per_block, block_size, max_sequences, max_blocks_per_sequence)
         if min(sizes) < 1:
-            raise UsageError(
-                f"blocks, pages a block, block size, rows, table length = {sizes}: each must be >= 1"
-            )
+            raise UsageError(f"blocks, pages a block, block size, rows, table length = {sizes}: each must be >= 1")
         if num_blocks * pages_per_block > UNBOUNDED:
-            raise UsageError(
-                f"{num_blocks} blocks of {pages_per_block} pages exceed int32: use a smaller pool"
-            )
+            raise UsageError(f"{num_blocks} blocks of {pages_per_block} pages exceed int32: use a smaller pool")
         if identity.block_size != block_size:
-            raise UsageError(
-                f"block size {block_size}, but the identity says {identity.block_size}: make them equal"
-            )
+            raise UsageError(f"block size {block_size}, but the identity says {identity.block_size}: make them equal")
         self.block_size = block_size
         self.sharing = sharing
         self.identity = identity
@@ -97,26 +91,18 @@ class CacheManager:
         Only looks: holds nothing until `admit`, which must follow before the manager evicts or expires
         anything.
         """
-        return (
-            find_match(self._store, keys, num_tokens, self.block_size)
-            if self.sharing
-            else no_match(self._store)
-        )
+        return find_match(self._store, keys, num_tokens, self.block_size) if self.sharing else no_match(self._store)
 
     # -- life of a sequence ------------------------------------------------------------------------
 
-    def admit(
-        self, match: Match, keys: PrefixKeys, num_tokens: int, *, expires_at: float | None = None
-    ) -> int:
+    def admit(self, match: Match, keys: PrefixKeys, num_tokens: int, *, expires_at: float | None = None) -> int:
         """Open a row that holds the matched blocks; `num_tokens` is the prompt's length, as given to `match`.
 
         What the row publishes expires at `expires_at` (seconds on the clock; None: never). Raises
         CapacityError if all rows are taken, InvariantError if a matched block has left since the match.
         """
         if not stands(self._store, match, keys):
-            raise InvariantError(
-                "a matched block left between match and admit: match again right before admit"
-            )
+            raise InvariantError("a matched block left between match and admit: match again right before admit")
         expiry = np.inf if expires_at is None else expires_at
         row = self._sequences.open(match, keys, publishing=self.sharing, expires_at=expiry)
         if self.sharing:
@@ -181,9 +167,7 @@ class CacheManager:
         """
         self._rows.require_live(row)
         if row in self._paging.rows:
-            raise UsageError(
-                f"row {row} holds pages of its own, which cannot be shared: fork before paginate"
-            )
+            raise UsageError(f"row {row} holds pages of its own, which cannot be shared: fork before paginate")
         return self._sequences.fork(row)
 
     # -- pages -------------------------------------------------------------------------------------
@@ -305,5 +289,5 @@ class CacheManager:
         """Prove that every block and page is accounted for exactly once, else InvariantError."""
         check_conservation(self._store, self._rows, self._paging)
 
-    def _resident(self, keys: PrefixKeys) -> Int32:
-        return np.array(self._store.index.run(keys.chain, len(keys)), np.int32)
+    def _resident(self, keys: PrefixKeys) -> Blocks:
+        return np.array(self._store.index.run(keys.chain, len(keys)), np.int64)

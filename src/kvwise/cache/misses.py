@@ -53,10 +53,10 @@ class Ledger:
 
     def note(self, keys: list[bytes], reason: RemovalReason, at: float) -> None:
         """Remember that `keys` left for `reason` at `at` seconds."""
-        departed = self._departed
+        departed, why = self._departed, (reason, at)
         for key in keys:
             departed.pop(key, None)
-            departed[key] = (reason, at)
+            departed[key] = why
         while len(departed) > self._capacity:
             departed.popitem(last=False)
 

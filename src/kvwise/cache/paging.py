@@ -9,6 +9,7 @@ from kvwise.cache.misses import RemovalReason
 from kvwise.cache.store import BlockStore
 from kvwise.cache.tables import UNBOUNDED, SequenceTables
 from kvwise.core.errors import InvariantError, UsageError
+from kvwise.policies.base import Blocks
 
 Int32 = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
@@ -27,10 +28,14 @@ class PageTable:
     counts: Int32
     in_place: Bools | None
 
+    @property
+    def lines(self) -> Int32:
+        """The table as one line per (layer, head), [L*H, N], a view (N may be 0)."""
+        return self.pages.reshape(self.counts.size, self.pages.shape[-1])
+
     def owned(self) -> Int32:
         """Ids of all pages in the table, in table order."""
-        lines = self.pages.reshape(-1, self.pages.shape[-1])
-        return lines[_used(self.counts, lines.shape[1])]
+        return self.lines[_used(self.counts, self.pages.shape[-1])]
 
 
 class Paging:
@@ -46,7 +51,7 @@ class Paging:
         self._require_shape(num_pages)
         if row in self.rows:
             raise UsageError(f"row {row} already holds pages: use grow_pages or trim_pages")
-        blocks = self._tables.blocks(row).copy()
+        blocks = self._tables.blocks(row)
         withdrawn = self._blocks_to_withdraw(blocks, num_pages)
         if withdrawn is None:
             return None
@@ -81,7 +86,7 @@ class Paging:
         pages = np.zeros((*held.counts.shape, width), np.int32)
         pages[..., : held.pages.shape[-1]] = held.pages
         added = _used(num_pages, width) & ~_used(held.counts, width)
-        pages.reshape(-1, width)[added] = self._take(wanted)
+        pages.reshape(num_pages.size, width)[added] = self._take(wanted)
         held.pages, held.counts = pages, num_pages.astype(np.int32)
         return pages
 
@@ -92,9 +97,8 @@ class Paging:
             raise UsageError(f"trim_pages cannot enlarge row {row}: use grow_pages")
         width = held.pages.shape[-1]
         gone = _used(held.counts, width) & ~_used(num_pages, width)
-        lines = held.pages.reshape(-1, width)
-        self._store.pool.free_pages(lines[gone])
-        lines[gone] = 0
+        self._store.pool.free_pages(held.lines[gone])
+        held.lines[gone] = 0
         held.counts = num_pages.astype(np.int32)
         return held.pages
 
@@ -112,25 +116,25 @@ class Paging:
             raise UsageError(f"row {row} holds whole blocks: call paginate first")
         return self.rows[row]
 
-    def pages_held(self, row: int) -> Int32:
+    def pages_held(self, row: int) -> Ints:
         """All page ids the row owns now, including those a compaction under way will free."""
         held = self.rows[row]
         if held.in_place is None:
             return held.owned()
         return np.concatenate([held.owned(), self._surplus(self._tables.blocks(row), held)])
 
-    def _private(self, blocks: Int32) -> Bools:
+    def _private(self, blocks: Blocks) -> Bools:
         private: Bools = (self._store.pool.refs[blocks] == 1) & ~self._store.index.keyed[blocks]
         return private
 
     def _room_for(self, num_pages: int) -> bool:
         return self._store.pool.blocks_to_break(num_pages) <= self._store.num_available
 
-    def _take(self, num_pages: int) -> Int32:
+    def _take(self, num_pages: int) -> Blocks:
         fresh = self._store.take(self._store.pool.blocks_to_break(num_pages))
         return self._store.pool.take_pages(num_pages, fresh)
 
-    def _blocks_to_withdraw(self, blocks: Int32, num_pages: Ints) -> Int32 | None:
+    def _blocks_to_withdraw(self, blocks: Blocks, num_pages: Ints) -> Blocks | None:
         """The fewest own published blocks, deepest first, to rewrite in place; None if all are too few.
 
         A block at index i saves as many fresh pages as there are heads that keep more than i pages.
@@ -139,19 +143,14 @@ class Paging:
         depth = np.arange(len(blocks))
         saved = (num_pages.reshape(-1, 1) > depth).sum(axis=0)
         wanted = int(num_pages.sum()) - int(saved[self._private(blocks)].sum())
-        own = (
-            (pool.refs[blocks] == 1)
-            & store.index.keyed[blocks]
-            & ~store.lifecycle.pinned[blocks]
-            & (saved > 0)
-        )
+        own = (pool.refs[blocks] == 1) & store.index.keyed[blocks] & ~store.lifecycle.pinned[blocks] & (saved > 0)
         candidates = np.flatnonzero(own)[::-1]
         for count in range(len(candidates) + 1):
             if self._room_for(wanted - int(saved[candidates[:count]].sum())):
                 return blocks[candidates[:count]]
         return None
 
-    def _build(self, blocks: Int32, in_place: Bools, num_pages: Ints) -> Int32:
+    def _build(self, blocks: Blocks, in_place: Bools, num_pages: Ints) -> Int32:
         """Page table [L, H, N]: column i is block i's pages if it was broken in place, else fresh ones."""
         width = int(num_pages.max(initial=0))
         lines = np.zeros((num_pages.size, width), np.int32)
@@ -164,7 +163,7 @@ class Paging:
         lines[~used] = 0
         return lines.reshape(*num_pages.shape, width)
 
-    def _surplus(self, blocks: Int32, held: PageTable) -> Int32:
+    def _surplus(self, blocks: Blocks, held: PageTable) -> Blocks:
         """Pages of blocks broken in place that the table does not use."""
         assert held.in_place is not None
         depth = np.flatnonzero(held.in_place)
@@ -181,9 +180,7 @@ class Paging:
     def _require_shape(self, num_pages: Ints) -> None:
         lanes = self._store.pool.pages_per_block
         if num_pages.ndim != 2 or num_pages.size != lanes or np.any(num_pages < 0):
-            raise UsageError(
-                f"num_pages of shape {num_pages.shape} must be [L, H], L*H = {lanes}, no count negative"
-            )
+            raise UsageError(f"num_pages of shape {num_pages.shape} must be [L, H], L*H = {lanes}, no count negative")
 
 
 def _used(counts: Ints, width: int) -> Bools:

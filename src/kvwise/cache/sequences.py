@@ -9,7 +9,7 @@ from kvwise.cache.tables import UNBOUNDED, SequenceTables
 from kvwise.cache.values import Match, Move
 from kvwise.core.errors import CapacityError, InvariantError
 
-Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
 Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
@@ -46,21 +46,23 @@ class Sequences:
         if not len(where):
             return granted
         late = rows[where]
-        held = self._tables.num_blocks[late]
+        held = self._tables.num_blocks[late].astype(np.int64)
         need = -(-num_tokens[where] // self._block_size) - held
         self._require_columns(late, held + need)
         if int(need.sum()) > self._store.num_available:
             fits = _greedy(need, self._store.num_available)
             where, late, need = where[fits], late[fits], need[fits]
-        self._append_blocks(late, need)
+        if len(where):
+            self._append_blocks(late, need)
         granted[where] = True
         return granted
 
     def commit(self, rows: Ints, num_tokens: Ints) -> None:
         """See `CacheManager.commit`."""
         table = self._tables
-        if (num_tokens > table.capacity[rows]).any() or (num_tokens < table.num_computed[rows]).any():
-            self._refuse_commit(rows, num_tokens)
+        bad = (num_tokens > table.capacity[rows]) | (num_tokens < table.num_computed[rows])
+        if bad.any():
+            self._refuse_commit(int(rows[bad][0]), int(num_tokens[bad][0]))
         table.num_computed[rows] = num_tokens
         due = rows[num_tokens >= table.publish_at[rows]]
         if len(due):
@@ -71,11 +73,9 @@ class Sequences:
         table = self._tables
         full, rest = divmod(int(table.num_computed[row]), self._block_size)
         if rest and not self._store.num_available:
-            raise CapacityError(
-                "no block is free for the fork's last block: release or preempt a sequence first"
-            )
+            raise CapacityError("no block is free for the fork's last block: release or preempt a sequence first")
         twin = table.take()
-        shared = table.tables[row, :full]
+        shared = table.blocks(row)[:full]
         self._store.pool.refs[shared] += 1
         table.tables[twin, :full] = shared
         for column in (table.num_computed, table.num_published, table.publish_at, table.expires_at):
@@ -120,21 +120,17 @@ class Sequences:
                 parents += [source.root, *source.chain[: last - 1]]
                 probes[int(table.tables[row, 0])] = source.probe
         if keys:
-            count = stop - start
-            row_of, depths = np.repeat(due, count), _columns(start, count)
-            blocks = table.tables[row_of, depths]
+            row_of, depths = _spread(due, start, stop - start)
+            blocks = table.tables[row_of, depths].astype(np.int64)
             self._store.publish(Publication(keys, parents, blocks, depths, table.expires_at[row_of], probes))
 
-    def _append_blocks(self, rows: Ints, need: Ints) -> None:
+    def _append_blocks(self, rows: Ints, need: Int64) -> None:
         """Give each of `rows` `need` (>= 1) more blocks; there is room for them."""
         total = int(need.sum())
         blocks = self._store.take(total)
         self._store.pool.refs[blocks] = 1
-        held = self._tables.num_blocks[rows]
-        if total == len(rows):
-            self._tables.tables[rows, held] = blocks
-        else:
-            self._tables.tables[np.repeat(rows, need), _columns(held, need)] = blocks
+        held = self._tables.num_blocks[rows].astype(np.int64)
+        self._tables.tables[_spread(rows, held, need)] = blocks
         self._tables.num_blocks[rows] = held + need
         self._tables.capacity[rows] = (held + need) * self._block_size
 
@@ -148,21 +144,22 @@ class Sequences:
                 f"({limit * self._block_size} tokens): shorten the request or raise max_model_len"
             )
 
-    def _refuse_commit(self, rows: Ints, num_tokens: Ints) -> None:
+    def _refuse_commit(self, row: int, count: int) -> None:
         table = self._tables
-        bad = (num_tokens > table.capacity[rows]) | (num_tokens < table.num_computed[rows])
-        row, count = int(rows[bad][0]), int(num_tokens[bad][0])
         raise InvariantError(
             f"commit of {count} tokens to row {row}, with {table.num_computed[row]} computed and room for "
             f"{table.capacity[row]}: reserve before commit, and never take tokens back"
         )
 
 
-def _columns(start: Ints, count: Ints) -> Int32:
-    """`start[i], start[i] + 1, ...` (`count[i]` of them) for every i, in one array."""
-    ends: npt.NDArray[np.int64] = np.cumsum(count, dtype=np.int64)
-    columns: Int32 = (np.arange(int(ends[-1])) + np.repeat(start - ends + count, count)).astype(np.int32)
-    return columns
+def _spread(rows: Ints, start: Int64, count: Int64) -> tuple[Ints, Int64]:
+    """Table places (row, column): columns `start[i], start[i] + 1, ...`, `count[i]` of them, for every row i."""
+    if count.max() == 1 == count.min():
+        return rows, start  # one place a row: the decode step
+    ends = np.cumsum(count)
+    columns: Int64 = np.arange(int(ends[-1])) + np.repeat(start - ends + count, count)
+    repeated: Int64 = np.repeat(rows, count).astype(np.int64)
+    return repeated, columns
 
 
 def _greedy(need: Ints, available: int) -> Bools:

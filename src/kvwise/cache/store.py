@@ -11,9 +11,7 @@ from kvwise.cache.misses import Ledger, RemovalReason
 from kvwise.cache.pool import BlockPool
 from kvwise.cache.prefix import PrefixIndex
 from kvwise.core.clock import Clock
-from kvwise.policies.base import ReplacementPolicy
-
-Int32 = npt.NDArray[np.int32]
+from kvwise.policies.base import Blocks, ReplacementPolicy
 
 
 class Publication(NamedTuple):
@@ -25,8 +23,8 @@ class Publication(NamedTuple):
 
     keys: list[bytes]
     parents: list[bytes]
-    blocks: Int32
-    depths: Int32
+    blocks: Blocks
+    depths: Blocks
     expires_at: npt.NDArray[np.float64]
     probes: dict[int, bytes]
 
@@ -50,7 +48,7 @@ class BlockStore:
         """Whole blocks that can be handed out now: free ones and those that may be evicted."""
         return self.pool.num_free + len(self.policy)
 
-    def take(self, count: int) -> Int32:
+    def take(self, count: int) -> Blocks:
         """Hand out `count` <= num_available blocks: free ones first, evicting for the rest."""
         if count > self.pool.num_free:
             self.sweep(self.clock.now())
@@ -61,7 +59,7 @@ class BlockStore:
             self._unpublish(victims, RemovalReason.EVICTED)
         return self.pool.pop(count)
 
-    def retain(self, blocks: Int32) -> None:
+    def retain(self, blocks: Blocks) -> None:
         """A new request hit the published `blocks`: one more reference each."""
         idle = blocks[self.pool.refs[blocks] == 0]
         self.num_idle -= len(idle)
@@ -69,7 +67,7 @@ class BlockStore:
         self.pool.refs[blocks] += 1
         self.policy.touch(blocks)
 
-    def let_go(self, blocks: Int32) -> None:
+    def let_go(self, blocks: Blocks) -> None:
         """Drop one reference of each block; the last one makes it idle if it is published, else free."""
         gone = self.pool.drop(blocks)
         published = self.index.keyed[gone]
@@ -98,18 +96,18 @@ class BlockStore:
         self.policy.insert(blocks, np.frombuffer(b"".join(keys), np.uint64)[::4], depths)
         self.events.append(BlocksStored(now, tuple(keys), tuple(parents), tuple(ids)))
 
-    def withdraw(self, blocks: Int32, reason: RemovalReason) -> None:
+    def withdraw(self, blocks: Blocks, reason: RemovalReason) -> None:
         """Make published `blocks` unfindable; idle ones become free, referenced ones private."""
         if len(blocks):
             self.policy.remove(blocks)
             self._unpublish(blocks, reason)
 
-    def pin(self, blocks: Int32, until: float) -> None:
+    def pin(self, blocks: Blocks, until: float) -> None:
         """Protect published `blocks` from eviction until `until` seconds."""
         fresh = self.lifecycle.pin(blocks, until)
         self.policy.hold(fresh[self.pool.refs[fresh] == 0])
 
-    def unpin(self, blocks: Int32) -> int:
+    def unpin(self, blocks: Blocks) -> int:
         """End the pins of `blocks`; idle ones may be evicted, deepest first. Number of pins ended."""
         had = self.lifecycle.unpin(blocks)[::-1]
         self.policy.offer(had[self.pool.refs[had] == 0])
@@ -127,12 +125,12 @@ class BlockStore:
 
     def clear(self) -> int:
         """Empty the index; idle blocks become free. Returns the number of blocks that were published."""
-        blocks = np.flatnonzero(self.index.keyed).astype(np.int32)
+        blocks = np.flatnonzero(self.index.keyed)
         self.withdraw(blocks, RemovalReason.CLEARED)
         self.events.append(AllBlocksCleared(self.clock.now()))
         return len(blocks)
 
-    def _unpublish(self, blocks: Int32, reason: RemovalReason) -> None:
+    def _unpublish(self, blocks: Blocks, reason: RemovalReason) -> None:
         idle = blocks[self.pool.refs[blocks] == 0]
         ids = blocks.tolist()
         keys = self.index.discard(ids)

@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 from kvwise.cache.identity import PrefixKeys
 from kvwise.core.errors import CapacityError, InvariantError
+from kvwise.policies.base import Blocks
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -16,8 +17,8 @@ class SequenceTables:
 
     `tables` int32 [S, N]; `num_blocks`, `num_computed` int32 [S]; `capacity` int64 [S]: tokens that fit the
     row's blocks (UNBOUNDED for rows that hold pages); `publish_at` int64 [S]: tokens at which the next block
-    may be published (UNBOUNDED: never); `num_published` int32 [S]: leading blocks already considered for
-    publishing; `num_keyed` int32 [S]: tokens whose blocks have keys.
+    may be published (UNBOUNDED: never); `num_published` int64 [S]: leading blocks already considered for
+    publishing; `num_keyed` int64 [S]: tokens whose blocks have keys.
     """
 
     def __init__(self, max_sequences: int, max_blocks: int) -> None:
@@ -28,8 +29,8 @@ class SequenceTables:
         self.num_computed: Int32 = np.zeros(max_sequences, np.int32)
         self.capacity: Int64 = np.zeros(max_sequences, np.int64)
         self.publish_at: Int64 = np.full(max_sequences, UNBOUNDED, np.int64)
-        self.num_published: Int32 = np.zeros(max_sequences, np.int32)
-        self.num_keyed: Int32 = np.zeros(max_sequences, np.int32)
+        self.num_published: Int64 = np.zeros(max_sequences, np.int64)
+        self.num_keyed: Int64 = np.zeros(max_sequences, np.int64)
         self.live: npt.NDArray[np.bool_] = np.zeros(max_sequences, np.bool_)
         self.expires_at: npt.NDArray[np.float64] = np.full(max_sequences, np.inf)
         self.keys: list[PrefixKeys | None] = [None] * max_sequences
@@ -51,9 +52,7 @@ class SequenceTables:
         self.num_blocks[row] = 0
         self.num_computed[row] = 0
         self.capacity[row] = 0
-        self.num_published[row] = 0
         self.publish_at[row] = UNBOUNDED
-        self.expires_at[row] = np.inf
         return row
 
     def chain(self, row: int) -> PrefixKeys:
@@ -81,6 +80,6 @@ class SequenceTables:
         if not (0 <= row < self.max_sequences and self.live[row]):
             raise InvariantError(f"row {row} holds no sequence: it was never admitted, or already released")
 
-    def blocks(self, row: int) -> Int32:
-        """The row's blocks, a view."""
-        return self.tables[row, : self.num_blocks[row]]
+    def blocks(self, row: int) -> Blocks:
+        """The row's blocks, a copy."""
+        return self.tables[row, : self.num_blocks[row]].astype(np.int64)

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from kvwise.cache.misses import Miss
+from kvwise.policies.base import Blocks
 
 
 class Move(NamedTuple):
@@ -20,12 +18,12 @@ class Move(NamedTuple):
 class Match:
     """The longest resident run at the start of a prompt, and why it goes no further.
 
-    `blocks` int32 [n]; `num_tokens` = n * block_size; `num_pending`: tokens right behind them that a live
+    `blocks` int64 [n]; `num_tokens` = n * block_size; `num_pending`: tokens right behind them that a live
     sequence is computing now (waiting for it may be cheaper than computing them twice); `generation` lets
     `admit` tell whether the run still stands.
     """
 
-    blocks: npt.NDArray[np.int32]
+    blocks: Blocks
     num_tokens: int
     num_pending: int
     miss: Miss

@@ -39,10 +39,12 @@ class EngineConfig:
             ("block_size", self.block_size in (8, 16, 32, 64, 128), "8, 16, 32, 64 or 128"),
             ("kv_cache_dtype", self.kv_cache_dtype in KV_DTYPES, f"one of {', '.join(KV_DTYPES)}"),
             ("gpu_memory_utilization", share is None or 0 < share <= 1, "above 0, at most 1"),
-            ("kv_cache_memory_bytes", (self.kv_cache_memory_bytes or 1) > 0, "above 0"),
+            ("kv_cache_memory_bytes", _above_0(self.kv_cache_memory_bytes), "above 0"),
+            ("kv_offloading_bytes", _above_0(self.kv_offloading_bytes), "above 0"),
             ("max_num_seqs", self.max_num_seqs >= 1, "at least 1"),
             ("max_num_batched_tokens", self.max_num_batched_tokens >= 1, "at least 1"),
-            ("max_model_len", self.max_model_len is None or self.max_model_len >= 1, "at least 1"),
+            ("max_model_len", _above_0(self.max_model_len), "at least 1"),
+            ("links", all(speed > 0 for speed in self.links.values()), "speeds above 0, in bytes per second"),
         )
         for name, ok, limit in limits:
             if not ok:
@@ -52,6 +54,10 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}: each running request decodes one token a step"
             )
+
+
+def _above_0(value: int | None) -> bool:
+    return value is None or value > 0
 
 
 _UNITS = {

@@ -64,22 +64,33 @@ class Method:
             if name not in known:
                 have = ", ".join(known) or "none"
                 raise StrategyError(f"{cls.name} has no option {name!r}; its options: {have}")
-            _check_type(cls.name, name, value, known[name].type)
-        typed = {n: float(v) if known[n].type is float else v for n, v in options.items()}
+        typed = {n: _typed(cls.name, n, value, known[n].type) for n, value in options.items()}
         return cls(**typed)
 
 
 def _show(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Short where that says it all: what is printed parses back to the same value."""
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value)
 
 
-def _check_type(method: str, option: str, value: object, annotation: object) -> None:
-    wanted = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
-    accepts: tuple[type, ...]
-    for base, word in wanted.items():
-        if annotation is base or annotation == base | None:
-            accepts = (int, float) if base is float else (base,)
-            is_bool_for_number = isinstance(value, bool) and base is not bool
-            if not isinstance(value, accepts) or is_bool_for_number:
-                raise StrategyError(f"{method}: {option}={value!r} must be {word}")
-            return
+# Annotation of an option -> what it accepts, and the word for it.
+_WANTED: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a word"),
+    "bool": ((bool,), "true or false"),
+}
+
+
+def _typed(method: str, option: str, value: object, annotation: object) -> object:
+    """The value as its option's type; StrategyError if it is of another."""
+    # An annotation is a type, or its text where the module says `from __future__ import annotations`.
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if (wanted := _WANTED.get(text.removesuffix(" | None"))) is None:
+        return value  # the method's own type, which it checks itself
+    accepts, word = wanted
+    if not isinstance(value, accepts) or (isinstance(value, bool) and bool not in accepts):
+        raise StrategyError(f"{method}: {option}={value!r} must be {word}")
+    return float(value) if isinstance(value, int) and float in accepts else value

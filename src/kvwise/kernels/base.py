@@ -125,7 +125,7 @@ class Kernels(Protocol):
         ...
 
     def move_slots(self, arena: Tensor, source: Tensor, target: Tensor) -> None:
-        """Copy slot ``source[i]`` to ``target[i]`` of an arena or column, strictly in order of ``i``; int64 [n] each."""
+        """Copy slot ``source[i]`` to ``target[i]`` of an arena or column, in order of ``i``; int64 [n] each."""
         ...
 
     def copy_pages(

@@ -16,6 +16,7 @@ from kvwise.models import gptneo, hook, random
 from kvwise.models.checkpoint import Checkpoint, open_checkpoint
 from kvwise.models.config import one_line, read_config
 from kvwise.models.loaded import LoadedModel
+from kvwise.models.packed import pack
 from kvwise.models.precision import choose_dtype
 from kvwise.models.probe import probe, vocab_size
 from kvwise.models.quiet import quiet
@@ -186,10 +187,13 @@ def _check_fits(name: str, num_elements: int, dtype: torch.dtype, device: torch.
 
 
 def _finish(name: str, revision: str, model: PreTrainedModel, tokenizer: Tokenizer) -> LoadedModel:
+    parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
+    weight_bytes = sum(parameter.nbytes for parameter in parameters)
+    num_parameters = sum(parameter.numel() for parameter in parameters)
+    del parameters  # packing lets go of weights one by one
     layers = probe(model, lambda: _install(model), name)
     config: Any = model.config.get_text_config()
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
     return LoadedModel(
         name=name,
         revision=revision,
@@ -204,8 +208,8 @@ def _finish(name: str, revision: str, model: PreTrainedModel, tokenizer: Tokeniz
         vocab_size=int(head.weight.shape[0]),
         max_model_len=_max_model_len(config, name),
         eos_token_ids=_eos(model),
-        weight_bytes=sum(parameter.nbytes for parameter in parameters),
-        num_parameters=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=weight_bytes,
+        num_parameters=num_parameters,
         dtype=model.dtype,
         device=model.device,
         keeps_rows=hook.keeps_rows(model),
@@ -218,6 +222,7 @@ def _install(model: PreTrainedModel) -> None:
         gptneo.adapt(model)
     else:
         model.set_attn_implementation(hook.ATTENTION)
+    pack(model)  # the probe, which is about to run, proves these layers too
 
 
 def _max_model_len(config: Any, name: str) -> int:

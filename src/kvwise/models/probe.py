@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvwise.core.errors import UnsupportedModel
+from kvwise.models.config import one_line
 from kvwise.models.hook import forward_model
 from kvwise.models.loaded import LayerAttention
 from kvwise.models.quiet import quiet
@@ -66,21 +67,30 @@ def probe(model: PreTrainedModel, install: Callable[[], None], name: str) -> tup
     vocab = vocab_size(model)
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randint(vocab, (length,), generator=generator).to(model.device) for length in LENGTHS]
+    plain = _run_plain(model, sequences, name)
     try:
-        with torch.inference_mode(), quiet():
-            plain = [model(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences]
+        with quiet():
             install()
             batch, logits = _run_hooked(model, sequences)
     except Exception as error:  # somebody's model code, called in a way it may not know
-        raise UnsupportedModel(f"{_hooked(model, name)}: {_first_line(error)}") from error
+        raise UnsupportedModel(f"{_hooked(model, name)}: {one_line(error)}") from error
     layers = _check_calls(model, name, batch)
-    difference = float((torch.cat(plain) - logits).abs().max() / torch.cat(plain).abs().max().clamp_min(1e-6))
+    difference = float((plain - logits).abs().max() / plain.abs().max().clamp_min(1e-6))
     if not difference <= TOLERANCE.get(model.dtype, 0.25):
         raise UnsupportedModel(
             f"{_hooked(model, name)}: with the hook its logits are off by {difference:.1%}, so its attention"
             " does something the hook does not see (position biases or attention sinks, for example)"
         )
     return layers
+
+
+def _run_plain(model: PreTrainedModel, sequences: list[Tensor], name: str) -> Tensor:
+    """Logits [sum of LENGTHS, V] of the model with its own attention, one sequence at a time."""
+    try:
+        with torch.inference_mode(), quiet():
+            return torch.cat([model(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences])
+    except Exception as error:  # somebody's model code, of somebody's config
+        raise UnsupportedModel(f"{name} does not run with plain transformers: {one_line(error)}") from error
 
 
 def _run_hooked(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[ProbeBatch, Tensor]:
@@ -117,6 +127,7 @@ def _check_calls(model: PreTrainedModel, name: str, batch: ProbeBatch) -> tuple[
             " others keep attention or state of their own. docs/models.md lists what works"
         )
     layers = tuple(seen for _, seen in batch.calls)
+    _check_windows(model, name, layers)
     shapes = {(layer.num_query_heads, layer.num_kv_heads, layer.head_dim) for layer in layers}
     if len(shapes) > 1 or batch.value_dims != {layers[0].head_dim}:
         raise UnsupportedModel(
@@ -126,12 +137,16 @@ def _check_calls(model: PreTrainedModel, name: str, batch: ProbeBatch) -> tuple[
     return layers
 
 
+def _check_windows(model: PreTrainedModel, name: str, layers: tuple[LayerAttention, ...]) -> None:
+    """What a short probe cannot see: a layer that looks back less far than it told the hook."""
+    config: Any = model.config.get_text_config()
+    for layer, kind in zip(layers, getattr(config, "layer_types", None) or (), strict=False):
+        if kind != "full_attention" and not (kind == "sliding_attention" and layer.window is not None):
+            raise UnsupportedModel(f"{_hooked(model, name)}: a layer has {kind!r} and told the hook no window")
+
+
 def _hooked(model: PreTrainedModel, name: str) -> str:
     return f"the attention of {name} (model type {model.config.model_type!r}) cannot be hooked"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _dense(

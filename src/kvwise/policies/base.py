@@ -5,7 +5,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-Blocks = npt.NDArray[np.int32]
+# numpy takes int64 indices as they are and converts int32 ones, at ten times the cost of a small look-up.
+Blocks = npt.NDArray[np.int64]
 Tags = npt.NDArray[np.uint64]
 
 

@@ -18,7 +18,7 @@ class LRU:
     name = "lru"
 
     def __init__(self, num_blocks: int) -> None:
-        self._log: Blocks = np.zeros(2 * num_blocks + 1, np.int32)
+        self._log: Blocks = np.zeros(2 * num_blocks + 1, np.int64)
         self._place: npt.NDArray[np.int64] = np.zeros(num_blocks, np.int64)
         self._offered: npt.NDArray[np.bool_] = np.zeros(num_blocks, np.bool_)
         self._head = 0
@@ -67,7 +67,7 @@ class LRU:
             self._size -= len(live)
             missing -= len(live)
             self._head = stop if missing else int(live[-1]) + 1
-        return np.concatenate(taken) if taken else np.zeros(0, np.int32)
+        return np.concatenate(taken) if taken else np.zeros(0, np.int64)
 
     def _live(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Log places in [start, stop) whose entry is marked and is the block's latest."""

@@ -5,7 +5,7 @@ import json
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -220,6 +220,11 @@ def read_plan_text(text: str, where: str) -> Plan:
         raise PlanError(f"{where} is no TOML: {error}") from error
     if not data:
         raise PlanError(f"{where} is empty; `kvwise study plan --toml` prints a plan to start from")
+    return read_plan_data(data, where)
+
+
+def read_plan_data(data: dict[str, Any], where: str) -> Plan:
+    """Make a plan of parsed TOML."""
     plan = read_table(data, Plan, where)
     _check(plan, where)
     return plan

@@ -69,8 +69,8 @@ def judge(study: Study) -> Verdict:
     groups: dict[Condition, list[Figures]] = defaultdict(list)
     for figures in study.figures:
         groups[figures.condition].append(figures)
-    decisions = tuple(decide(group, study.plan) for _, group in sorted(groups.items()))
-    by_budget = tuple(c for _, group in sorted(groups.items()) for c in budget_crossovers(group, study.plan))
+    decisions = tuple(decide(group, study.plan) for _, group in groups.items())
+    by_budget = tuple(c for _, group in groups.items() for c in budget_crossovers(group, study.plan))
     models = dict.fromkeys(f.condition.model for f in study.figures)
     advice = (_recommend(m, [f for f in study.figures if f.condition.model == m], study.plan) for m in models)
     return Verdict(decisions, tuple(crossovers(decisions)), by_budget, tuple(r for r in advice if r is not None))

@@ -49,9 +49,7 @@ class StudyFolder:
     def create_or_resume(cls, path: Path, plan: Plan) -> "StudyFolder":
         """The folder of `plan` at `path`. UsageError, touching nothing, if something else is there."""
         folder = cls(path)
-        if folder._exists():
-            folder._refuse_other(plan)
-        else:
+        if not folder.refuse_other(plan):
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -72,31 +70,39 @@ class StudyFolder:
             raise UsageError(f"{path} is no study (it has no {MARKER}); give the folder that `kvwise study run` made")
         folder = cls(path)
         plan = read_plan(path / PLAN)
-        folder._refuse_other(plan)
+        folder.refuse_other(plan)
         return folder, plan
 
-    def _exists(self) -> bool:
-        if self.path.is_dir():
-            return any(self.path.iterdir())
-        if self.path.exists() or self.path.is_symlink():
-            raise UsageError(f"output {self.path} exists and is no folder; choose another with --out")
-        return False
+    def refuse_other(self, plan: Plan) -> bool:
+        """Whether the folder holds a study of `plan`; False: it is free. UsageError if something else is there."""
+        found = self.marked_hash()
+        if found is None:
+            return False
+        if found != plan_hash(plan):
+            raise UsageError(
+                f"output folder {self.path} holds a study of another plan ({found}, this one is {plan_hash(plan)}); "
+                f"choose another with --output, or give --overwrite-own to rename the old one (nothing was changed)"
+            )
+        return True
 
-    def _refuse_other(self, plan: Plan) -> None:
+    def marked_hash(self) -> str | None:
+        """Hash of the plan whose study is here; None: nothing is here. UsageError if something else is."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            return None
+        if not self.path.is_dir():
+            if self.path.exists() or self.path.is_symlink():
+                raise UsageError(f"output {self.path} exists and is no folder; choose another with --output")
+            return None
         try:
             marker = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
             found, version = str(marker["plan_hash"]), int(marker["format"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UsageError(
-                f"output folder {self.path} exists and is no study; choose another with --out (nothing was changed)"
+                f"output folder {self.path} exists and is no study; choose another with --output (nothing was changed)"
             ) from None
         if version != FORMAT:
             raise UsageError(f"{self.path} was written in format {version}; this kvwise reads format {FORMAT}")
-        if found != plan_hash(plan):
-            raise UsageError(
-                f"output folder {self.path} holds a study of another plan ({found}, this one is {plan_hash(plan)}); "
-                f"choose another with --out (nothing was changed)"
-            )
+        return found
 
     def _write_marker(self, plan: Plan) -> None:
         marker = {"format": FORMAT, "plan_hash": plan_hash(plan), "name": plan.name, "created": _now()}
@@ -184,6 +190,17 @@ class StudyFolder:
             os.replace(draft, target)
             written.append(target)
         return written
+
+
+def set_aside(path: Path, plan: Plan) -> Path | None:
+    """Rename a study of another plan at `path` to `path.1`, `path.2`, ...; None if there was none to rename."""
+    found = StudyFolder(path).marked_hash()
+    if found is None or found == plan_hash(plan):
+        return None
+    number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{n}").exists())
+    target = path.with_name(f"{path.name}.{number}")
+    os.rename(path, target)
+    return target
 
 
 def _now() -> str:

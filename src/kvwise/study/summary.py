@@ -22,7 +22,7 @@ UNFINISHED = ("cut", "not sent")
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Condition:
     """Everything about a cell but its strategy and repeat: strategies are compared within one."""
 
@@ -163,12 +163,20 @@ def summarize(study: Study) -> None:
         if row["kind"] == CellKind.LIVE and row["status"] == Status.DONE:
             groups[condition_of(row), who_of(row)].append(row)
     study.figures = []
-    for (condition, who), cells in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1].order)):
+    for (condition, who), cells in sorted(groups.items(), key=lambda item: _place(study.plan, *item[0])):
         figures = _figures(condition, who, cells, [requests[c["cell"]] for c in cells], study.plan)
         agreed = known.get((condition.model, condition.context, who.strategy))
         if agreed is not None:
             figures.agreement, figures.kl = agreed.top1, agreed.kl
         study.figures.append(figures)
+
+
+def _place(plan: Plan, condition: Condition, who: Who) -> tuple[object, ...]:
+    """Sorts as the plan does: blocks and models in its order, then from small to large."""
+    blocks = {block.name: (i, block.models, block.memory) for i, block in enumerate(plan.block)}
+    index, models, memory = blocks[condition.block]
+    load = (condition.context, memory.index(condition.memory), condition.concurrency, condition.rate)
+    return index, models.index(condition.model), *load, who.order
 
 
 def condition_of(row: Row) -> Condition:

@@ -28,6 +28,11 @@ from kvwise.study.plan import Plan, link_speeds
 HELD_SHARE = 0.25  # of the machine's memory: models loaded before are kept while they fit in it
 
 
+def num_threads() -> int:
+    """Threads that torch computes with."""
+    return torch.get_num_threads()
+
+
 class Workbench:
     """Models and engines for one plan. Loaded models stay loaded while there is room for them."""
 

@@ -90,8 +90,8 @@ class RecallPlacement:
         if int(self._num_pages(num_tokens).sum()) > self.arena.num_blocks * layout.pages_per_block:
             return (
                 f"prompt of {num_prompt} tokens and its output need {num_tokens} tokens of device KV in "
-                f"{self.selection.num_full_layers} of {layout.num_layers} layers: raise kv_cache_memory_bytes, or lower "
-                "max_tokens"
+                f"{self.selection.num_full_layers} of {layout.num_layers} layers, more than the pool holds: "
+                "raise kv_cache_memory_bytes, or lower max_tokens"
             )
         return None
 

@@ -106,6 +106,8 @@ class RecallPart(LooksAhead):
         following = layer + 1
         if following < self._placement.selection.num_full_layers or following >= self._layout.num_layers:
             return
+        if following in self._fetches:
+            return  # told twice: the hooks of another engine on the same model
         guesses = ask(following, self.rows)
         chosen = [self._choose(following, s, guesses[i]) for i, s in enumerate(self._sequences)]
         self._begin_fetch(following, chosen)

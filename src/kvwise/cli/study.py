@@ -1,0 +1,272 @@
+"""`kvwise study`: plan, run, status, report, compare; on its own it runs the default plan."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvwise.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvwise.study.overrides import Overrides
+    from kvwise.study.plan import Plan
+    from kvwise.study.record import StudyFolder
+
+app = typer.Typer(
+    name="study",
+    help="Measure strategies side by side and say what to run. Without a command: run the default plan.",
+    invoke_without_command=True,
+    no_args_is_help=False,
+)
+
+DEFAULT_OUTPUT = "study-out"
+PIPE_WIDTH = 160  # columns of a table that goes to a file or pipe
+
+Change = "Change the plan (each option replaces one axis or setting in all blocks)"
+Output = Annotated[
+    Path, typer.Option("--output", "--out", "-o", help="Folder for rows and report; resumed if it is there.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Aside = Annotated[
+    bool,
+    typer.Option("--overwrite-own", help="If the folder holds a study of another plan, rename that and start afresh."),
+]
+Retry = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
+Model = Annotated[list[str] | None, typer.Option(help="Repeat for several.", rich_help_panel=Change)]
+StrategyText = Annotated[
+    list[str] | None, typer.Option("--strategy", help="May hold {budget}; repeat for several.", rich_help_panel=Change)
+]
+Budget = Annotated[list[float] | None, typer.Option(help="Fills {budget}.", rich_help_panel=Change)]
+Rate = Annotated[
+    list[str] | None,
+    typer.Option("--request-rate", help="Requests per second, inf, or trace.", rich_help_panel=Change),
+]
+Concurrency = Annotated[
+    list[str] | None, typer.Option("--max-concurrency", help="Or unlimited.", rich_help_panel=Change)
+]
+Context = Annotated[list[int] | None, typer.Option("--context-length", help="Tokens.", rich_help_panel=Change)]
+Memory = Annotated[
+    list[str] | None,
+    typer.Option("--kv-cache-memory-bytes", help="auto, 512MiB, or '4096 tokens'.", rich_help_panel=Change),
+]
+Repeats = Annotated[int | None, typer.Option(rich_help_panel=Change)]
+NumPrompts = Annotated[int | None, typer.Option(help="Requests per cell.", rich_help_panel=Change)]
+Burstiness = Annotated[float | None, typer.Option(help="1: Poisson; below: bursts.", rich_help_panel=Change)]
+Goodput = Annotated[
+    list[str] | None, typer.Option(help="Service levels: ttft:500 tpot:50 (ms).", rich_help_panel=Change)
+]
+Floor = Annotated[float | None, typer.Option(help="Leave out strategies below it, 0 to 1.", rich_help_panel=Change)]
+TimeLimit = Annotated[float | None, typer.Option(help="Seconds for this run.", rich_help_panel=Change)]
+Seed = Annotated[int | None, typer.Option(rich_help_panel=Change)]
+Dtype = Annotated[str | None, typer.Option(rich_help_panel=Change)]
+Link = Annotated[list[str] | None, typer.Option(help="Throttle: host:device=12GB/s.", rich_help_panel=Change)]
+Trace = Annotated[str | None, typer.Option(help="Replay a Mooncake JSONL or CSV file.", rich_help_panel=Change)]
+TraceBlock = Annotated[int | None, typer.Option(help="Tokens per hash id.", rich_help_panel=Change)]
+LengthScale = Annotated[float | None, typer.Option(help="Times the trace's lengths.", rich_help_panel=Change)]
+TimeScale = Annotated[float | None, typer.Option(help="Times the trace's times.", rich_help_panel=Change)]
+Block = Annotated[list[str] | None, typer.Option(help="Only this block of the plan.", rich_help_panel=Change)]
+
+
+@app.callback()
+def study(
+    context: typer.Context,
+    output: Annotated[Path | None, typer.Option("--output", "--out", "-o", help="Folder for rows and report.")] = None,
+    as_json: Json = False,
+    overwrite_own: Aside = False,
+) -> None:
+    """Measure strategies side by side and say what to run. Without a command: run the default plan."""
+    if context.invoked_subcommand is None:
+        from kvwise.study.plan import default_plan
+
+        folder = Path(DEFAULT_OUTPUT) if output is None else output
+        _run(default_plan(), folder, as_json=as_json, overwrite_own=overwrite_own, retry_failed=False)
+    elif output is not None or as_json or overwrite_own:
+        name = context.invoked_subcommand
+        raise UsageError(f"options go behind the command: kvwise study {name} ... (see kvwise study {name} --help)")
+
+
+@app.command()
+def run(
+    plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.toml]", help="Default: the built-in plan.")] = None,
+    output: Output = Path(DEFAULT_OUTPUT),
+    as_json: Json = False,
+    overwrite_own: Aside = False,
+    retry_failed: Retry = False,
+    model: Model = None,
+    strategy: StrategyText = None,
+    budget: Budget = None,
+    request_rate: Rate = None,
+    max_concurrency: Concurrency = None,
+    context_length: Context = None,
+    memory: Memory = None,
+    repeats: Repeats = None,
+    num_prompts: NumPrompts = None,
+    burstiness: Burstiness = None,
+    goodput: Goodput = None,
+    agreement_floor: Floor = None,
+    time_limit: TimeLimit = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    link: Link = None,
+    trace: Trace = None,
+    trace_block_size: TraceBlock = None,
+    length_scale: LengthScale = None,
+    time_scale: TimeScale = None,
+    block: Block = None,
+) -> None:
+    """Run a plan, or go on with one that was stopped; then write the report."""
+    from kvwise.study.overrides import Overrides
+
+    changes = Overrides(
+        model=model or (), strategy=strategy or (), budget=budget or (), request_rate=request_rate or (),
+        max_concurrency=max_concurrency or (), context_length=context_length or (), memory=memory or (),
+        repeats=repeats, num_prompts=num_prompts, burstiness=burstiness, goodput=goodput or (),
+        agreement_floor=agreement_floor, time_limit=time_limit, seed=seed, dtype=dtype, link=link or (),
+        trace=trace, trace_block_size=trace_block_size, length_scale=length_scale, time_scale=time_scale,
+        block=block or (),
+    )  # fmt: skip
+    _run(_read(plan_file, changes), output, as_json=as_json, overwrite_own=overwrite_own, retry_failed=retry_failed)
+
+
+@app.command()
+def plan(
+    plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.toml]", help="Default: the built-in plan.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
+) -> None:
+    """Print a plan as TOML on standard output, and how many cells it has on standard error."""
+    from kvwise.study.cells import check_strategies, expand
+    from kvwise.study.overrides import Overrides
+    from kvwise.study.plan import default_plan_text, plan_hash
+    from kvwise.study.progress import clock_time
+    from kvwise.study.run import nominal_seconds
+    from kvwise.study.toml import to_toml
+
+    chosen = _read(plan_file, Overrides())
+    check_strategies(chosen, _parse)
+    cells = expand(chosen)
+    if as_json:
+        facts = [
+            {"id": c.id, "kind": c.kind.value, "model": c.model, "strategy": c.strategy, "what": c.describe()}
+            for c in cells
+        ]
+        typer.echo(json.dumps({"plan": chosen.name, "hash": plan_hash(chosen), "cells": facts}, indent=1))
+        return
+    typer.echo(default_plan_text() if plan_file is None else to_toml(chosen), nl=False)
+    seconds = clock_time(sum(map(nominal_seconds, cells)))
+    typer.echo(f"{len(cells)} cells, at least {seconds}, hash {plan_hash(chosen)}", err=True)
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(metavar="FOLDER")], as_json: Json = False) -> None:
+    """Show how many cells of a study are done, failed and left."""
+    from kvwise.study.cells import expand
+
+    opened, chosen = _open(folder)
+    progress = opened.progress(expand(chosen))
+    failed = [{"cell": cell.describe(), "reason": reason} for cell, reason in progress.failed]
+    if as_json:
+        counts = {"done": len(progress.done), "failed": failed, "left": len(progress.left)}
+        typer.echo(json.dumps({"study": chosen.name} | counts, indent=1))
+        return
+    typer.echo(f"{chosen.name}: {len(progress.done)} done, {len(failed)} failed, {len(progress.left)} left")
+    for entry in failed:
+        typer.echo(f"failed: {entry['cell']}: {entry['reason']}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
+    as_json: Json = False,
+    goodput: Goodput = None,
+    agreement_floor: Floor = None,
+) -> None:
+    """Write the report of a study again, also of one that is not finished, perhaps with other service levels."""
+    from kvwise.study.overrides import Overrides
+
+    opened, chosen = _open(folder)
+    _report(opened, Overrides(goodput=goodput or (), agreement_floor=agreement_floor).apply(chosen), as_json=as_json)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A")],
+    after: Annotated[Path, typer.Argument(metavar="B")],
+    as_json: Json = False,
+) -> None:
+    """Compare two studies: each figure that both have, and whether it moved by more than the noise."""
+    from kvwise.study.compare import change_table, change_values
+    from kvwise.study.compare import compare as compare_studies
+    from kvwise.study.summary import load_study
+
+    changes = compare_studies(*(load_study(*_open(folder)) for folder in (before, after)))
+    if not changes:
+        raise UsageError(f"{before} and {after} have no strategy and condition in common; nothing to compare")
+    if as_json:
+        typer.echo(json.dumps(change_values(changes), indent=1))
+        return
+    _console().print(change_table(changes, (str(before), str(after))))
+
+
+def _run(plan: "Plan", output: Path, *, as_json: bool, overwrite_own: bool, retry_failed: bool) -> None:
+    from kvwise.study.plan import plan_hash
+    from kvwise.study.progress import make_watcher
+    from kvwise.study.provenance import provenance
+    from kvwise.study.record import StudyFolder, set_aside
+    from kvwise.study.run import run_study
+    from kvwise.study.workbench import Workbench, num_threads
+
+    # What cannot be written to is refused before models are loaded.
+    if overwrite_own:
+        moved = set_aside(output, plan)
+        if moved is not None:
+            typer.echo(f"{output} held a study of another plan; it is now {moved}", err=True)
+    StudyFolder(output).refuse_other(plan)
+    bench = Workbench(plan)
+    facts = provenance(seed=plan.seed, threads=num_threads(), plan_hash=plan_hash(plan))
+    watcher, bar = make_watcher(sys.stderr)
+    try:
+        run_study(plan, output, bench, watcher, facts, retry_failed=retry_failed)
+    finally:
+        if bar is not None:
+            bar.close()
+    _report(StudyFolder(output), plan, as_json=as_json)
+
+
+def _report(folder: "StudyFolder", plan: "Plan", *, as_json: bool) -> None:
+    from kvwise.study.report import write_report
+    from kvwise.study.table import as_values, print_study
+
+    study, verdict, page = write_report(folder, plan)
+    if as_json:
+        typer.echo(json.dumps(as_values(study, verdict), indent=1))
+    else:
+        print_study(_console(), study, verdict)
+    typer.echo(f"report: {page}", err=True)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def _open(folder: Path) -> "tuple[StudyFolder, Plan]":
+    from kvwise.study.record import StudyFolder
+
+    return StudyFolder.open(folder)
+
+
+def _read(plan_file: Path | None, changes: "Overrides") -> "Plan":
+    from kvwise.study.plan import default_plan, read_plan
+
+    return changes.apply(default_plan() if plan_file is None else read_plan(plan_file))
+
+
+def _parse(text: str) -> object:
+    from kvwise.methods.catalogue import parse
+
+    return parse(text)

@@ -1,0 +1,124 @@
+"""Figures and findings in words, the same on the page and on the terminal."""
+
+import math
+
+from kvwise.study.bootstrap import Interval
+from kvwise.study.recommend import Frugal, Recommendation
+from kvwise.study.summary import Condition, Figures
+from kvwise.study.verdict import BudgetCrossover, Crossover, Decision, Measure, measured
+
+UNITS = {Measure.GOODPUT: "good req/s", Measure.THROUGHPUT: "output tok/s", Measure.LATENCY: "ms end to end (median)"}
+ARTICLE = "the article's number: 9.28 s → 3.19 s (2.91×), not reproduced: its setting is unknown"
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands separated, no exponent."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "∞" if value > 0 else "–"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{min(digits, 6)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def spread(interval: Interval | None, scale: float = 1.0) -> str:
+    """A value with its interval."""
+    if interval is None:
+        return "–"
+    low, high = (number(v * scale) for v in (interval.low, interval.high))
+    return f"{number(interval.value * scale)} ({low}–{high})"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes with a unit."""
+    for unit, amount in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= amount:
+            return f"{number(num_bytes / amount)} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def share(value: float | None) -> str:
+    """A share as per cent."""
+    return "–" if value is None else f"{value * 100:.0f} %"
+
+
+def condition(given: Condition) -> str:
+    """A condition in one phrase, without its model."""
+    context = f", context {given.context}" if given.context else ""
+    memory = "" if given.memory == "auto" else f", KV memory {given.memory}"
+    return f"{given.load_text()}{context}{memory}"
+
+
+def outcome(decision: Decision) -> str:
+    """The verdict of one condition in one sentence."""
+    winner = decision.winner
+    if winner is None:
+        if not decision.tied:
+            return "no strategy reaches the agreement floor"
+        return f"tie: {', '.join(f.who.label for f in decision.tied)}"
+    if decision.by is None or decision.runner_up is None:
+        return f"{winner.who.label} (nothing to compare with)"
+    best, second = measured(winner, decision.by), measured(decision.runner_up, decision.by)
+    return (
+        f"{winner.who.label}: {spread(best)} {UNITS[decision.by]}, next {decision.runner_up.who.label} {spread(second)}"
+    )
+
+
+def factor(decision: Decision) -> str:
+    """By how much the winner beats the next."""
+    if decision.winner is None or decision.runner_up is None or decision.by is None:
+        return ""
+    best, second = measured(decision.winner, decision.by), measured(decision.runner_up, decision.by)
+    if best is None or second is None or min(best.value, second.value) <= 0:
+        return ""
+    ratio = second.value / best.value if decision.by is Measure.LATENCY else best.value / second.value
+    return f"{ratio:.2f}×"
+
+
+def crossover(found: Crossover) -> str:
+    """Where the winner changes, in one sentence."""
+    before, after = found.before, found.after
+    if before.winner is None or after.winner is None:
+        return ""
+    place = f"{before.condition.model}, {before.condition.block}"
+    return (
+        f"{place}: {before.winner.who.label} at {condition(before.condition)}; "
+        f"{after.winner.who.label} at {condition(after.condition)}"
+    )
+
+
+def budget_crossover(found: BudgetCrossover) -> str:
+    """Up to which budget a framework beats the others, in one sentence."""
+    given = found.condition
+    return (
+        f"{given.model}, {condition(given)}: {found.framework} beats {found.other.who.label} in speed at budget "
+        f"{share(found.wins)}, not at {share(found.fails)}"
+    )
+
+
+def advice(given: Recommendation) -> str:
+    """Why this is recommended."""
+    what = "goodput" if given.measure is Measure.GOODPUT else "throughput"
+    agreed = given.figures.agreement
+    quality = "" if agreed is None else f", and agrees with the full cache on {share(agreed.value)} of tokens"
+    return f"reaches {share(given.share)} of the best {what} over {given.num_conditions} conditions{quality}"
+
+
+def frugal(given: Frugal) -> str:
+    """The alternative for short memory."""
+    agreed = given.figures.agreement
+    quality = "" if agreed is None else f" and {share(agreed.value)} agreement"
+    return (
+        f"where KV memory is short: {given.figures.who.label} gives {given.gain:.1f}× the output per byte of KV held, "
+        f"at {share(given.share)} of the best speed{quality}"
+    )
+
+
+def tiers(values: dict[str, float]) -> str:
+    """Bytes per tier, the device's first and without its name."""
+    named = [size(v) + ("" if tier == "device" else f" {tier}") for tier, v in sorted(values.items()) if v]
+    return " + ".join(named) or "–"
+
+
+def milliseconds(figures: Figures, name: str, q: float) -> str:
+    """A latency percentile with its interval, in ms."""
+    return spread(getattr(figures, name).get(q), 1000)

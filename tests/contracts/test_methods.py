@@ -1,0 +1,233 @@
+"""What every method must honour, and what composes with what: run over all that the catalogue finds."""
+
+import itertools
+import re
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pytest
+
+from kvwise.core.errors import StrategyError, UsageError
+from kvwise.core.method import Axis, Method, Trait
+from kvwise.core.strategy import Strategy, conflict, make_strategy
+from kvwise.methods.catalogue import MethodCatalogue, catalogue, parse
+from kvwise.methods.retention.base import Retention
+from kvwise.methods.selection.base import Selection
+
+METHODS = list(catalogue())
+CHOSEN = [kind for kind in METHODS if not kind.default]
+BASES = {Axis.RETENTION: Retention, Axis.SELECTION: Selection}
+
+
+def text(message: BaseException) -> str:
+    """The message of a usage error: one line."""
+    line = str(message)
+    assert line
+    assert "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=lambda k: k.name)
+class TestEveryMethod:
+    def test_is_default_constructible_and_prints_and_parses_back(self, kind: type[Method]) -> None:
+        method = kind()
+        assert str(method) == kind.name
+        strategy = parse(kind.name)
+        assert getattr(strategy, kind.axis.value) == method
+        assert parse(str(strategy)) == strategy
+
+    def test_says_what_it_is(self, kind: type[Method]) -> None:
+        assert re.fullmatch(r"[a-z][a-z0-9_-]*", kind.name)
+        assert kind.idea
+        assert "\n" not in kind.idea
+        assert kind.paper
+        assert kind.__doc__
+        assert isinstance(kind.axis, Axis)
+        assert all(isinstance(trait, Trait) for trait in kind.traits)
+        assert issubclass(kind, BASES.get(kind.axis, Method))
+
+    def test_is_a_value(self, kind: type[Method]) -> None:
+        assert kind() == kind()
+        assert hash(kind()) == hash(kind())
+        with pytest.raises((AttributeError, TypeError)):
+            kind().name = "other"  # type: ignore[misc]
+
+    def test_lives_in_the_folder_of_its_axis(self, kind: type[Method]) -> None:
+        assert kind.__module__.startswith(f"kvwise.methods.{kind.axis.value}.")
+
+    def test_every_option_is_printed_and_parsed_back(self, kind: type[Method]) -> None:
+        for option in fields(kind):
+            assert option.default is not MISSING, "every option has a default"
+            value = other_value(option.default)
+            method = kind.build({option.name: value})
+            assert f"{option.name}=" in str(method)
+            assert getattr(parse(str(method)), kind.axis.value) == method
+
+    def test_wrong_options_are_refused_in_one_line(self, kind: type[Method]) -> None:
+        with pytest.raises(StrategyError, match=rf"{kind.name} has no option 'nonsense'") as caught:
+            parse(f"{kind.name}(nonsense=1)")
+        assert all(option.name in text(caught.value) for option in fields(kind))
+        for option in fields(kind):
+            with pytest.raises(StrategyError, match=option.name):
+                parse(f"{kind.name}({option.name}=rubbish)")
+            with pytest.raises(StrategyError, match=f"'{option.name}' is given twice"):
+                parse(f"{kind.name}({option.name}=1, {option.name}=1)")
+
+    def test_a_budget_is_above_0_and_at_most_1(self, kind: type[Method]) -> None:
+        if "budget" not in {option.name for option in fields(kind)}:
+            return
+        for value in ("0", "1.5", "-0.1", "nan"):
+            with pytest.raises(StrategyError, match=rf"{kind.name}: budget={value}.*above 0, at most 1") as caught:
+                parse(f"{kind.name}(budget={value})")
+            text(caught.value)
+        assert parse(f"{kind.name}(budget=1)")
+
+    def test_a_retention_that_keeps_all_has_no_limit(self, kind: type[Method]) -> None:
+        if not issubclass(kind, Retention):
+            return
+        whole = kind.build({"budget": 1}) if "budget" in {option.name for option in fields(kind)} else kind()
+        assert whole.capacity(1) is whole.capacity(1000) is None
+
+    def test_a_retention_with_a_limit_keeps_at_least_a_token(self, kind: type[Method]) -> None:
+        if not issubclass(kind, Retention) or kind().capacity(1) is None:
+            return
+        for num_tokens in (1, 2, 7, 100, 10_000):
+            assert 1 <= kind.build({"budget": 0.001}).capacity(num_tokens) <= max(10, num_tokens)
+
+
+def other_value(default: Any) -> Any:
+    """A value of the same kind that no method refuses."""
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, float):
+        return 0.37
+    return (default or 0) + 3
+
+
+def test_every_axis_has_exactly_one_default() -> None:
+    for axis in Axis:
+        assert sum(kind.default for kind in METHODS if kind.axis is axis) == 1
+    assert str(parse("full")) == "full"
+    assert all(method.default for method in parse("full").methods())
+
+
+def test_the_methods_of_the_study_are_there() -> None:
+    assert {"full", "prefix", "streaming", "h2o", "infinigen"} <= {kind.name for kind in METHODS}
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(CHOSEN, 2)), ids=lambda k: k.name)
+def test_a_pair_is_built_or_refused_with_a_reason_that_names_both(first: type[Method], second: type[Method]) -> None:
+    line = f"{first.name}+{second.name}"
+    reason = conflict(first(), second())
+    assert (reason is None) == (conflict(second(), first()) is None)
+    if first.axis is second.axis:
+        refused = rf"{first.name} and {second.name} both answer '{first.axis}'"
+    elif clash(first.traits, second.traits):
+        assert reason
+        refused = rf"({first.name} and {second.name}|{second.name} and {first.name}) cannot work together: .{{20,}}"
+    else:
+        assert reason is None
+        assert parse(str(parse(line))) == parse(line)
+        return
+    with pytest.raises(StrategyError, match=refused) as caught:
+        parse(line)
+    text(caught.value)
+
+
+def clash(first: frozenset[Trait], second: frozenset[Trait]) -> bool:
+    """What cannot be, said once more and independently of the table in core."""
+    ranks_and_skips = (Trait.NEEDS_EVERY_ROW in first and Trait.SKIPS_ROWS in second) or (
+        Trait.NEEDS_EVERY_ROW in second and Trait.SKIPS_ROWS in first
+    )
+    return ranks_and_skips or (Trait.OWNS_PAGES in first and Trait.OWNS_PAGES in second)
+
+
+@pytest.mark.parametrize(
+    ("line", "works"),
+    [
+        ("h2o+prefix", False),
+        ("prefix+h2o(budget=0.5)", False),
+        ("streaming+prefix", True),
+        ("infinigen+prefix", True),
+        ("h2o+infinigen", False),
+        ("streaming+infinigen", False),
+        ("full+prefix", True),
+        ("full+infinigen", True),
+    ],
+)
+def test_pairs_that_were_thought_through(line: str, works: bool) -> None:
+    if works:
+        assert parse(line)
+        return
+    with pytest.raises(StrategyError, match="cannot work together"):
+        parse(line)
+
+
+# -- texts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("h20", "unknown method 'h20'; did you mean 'h2o'?"),
+        ("streamin(budget=0.5)", "did you mean 'streaming'?"),
+        ("zzzzzz", "unknown method 'zzzzzz' (known: all, "),
+        ("", "is no strategy"),
+        ("   ", "is no strategy"),
+        ("h2o+", "is no strategy"),
+        ("+h2o", "is no strategy"),
+        ("h2o++prefix", "is no strategy"),
+        ("h2o(budget=0.2", "is no method"),
+        ("h2o)", "is no method"),
+        ("h2o(budget)", "'budget' is no option; write option=value"),
+        ("h2o(budget=)", "is no option"),
+        ("h2o(=0.2)", "is no option"),
+        ("h2o(budget=0.2;recent=0.1)", "budget"),
+        ("h2o(budget=0.2 recent=0.1)", "is no option"),
+        ("h2o(budget=true)", "budget=True must be a number"),
+        ("h2o(budget=1.5)", "h2o: budget=1.5 is out of range: it must be above 0, at most 1"),
+        ("h2o(recent=-0.1)", "recent=-0.1 is out of range"),
+        ("streaming(sinks=1.5)", "sinks=1.5 must be a whole number"),
+        ("streaming(window=0)", "window=0 is out of range"),
+        ("infinigen(alpha=-1)", "alpha=-1 is out of range"),
+        ("infinigen(ratio=0)", "ratio=0 is out of range"),
+        ("h2o(budget=0.2)+h2o(budget=0.3)", "h2o and h2o both answer 'retention'"),
+        ("full+streaming", "full and streaming both answer 'retention'"),
+        ("prefix(x=1)", "prefix has no option 'x'; its options: none"),
+        ("h2o(\n)", "is no method"),
+        ("h2o, prefix", "is no method"),
+    ],
+)
+def test_texts_that_are_no_strategy(line: str, message: str) -> None:
+    with pytest.raises(StrategyError) as caught:
+        parse(line)
+    assert message in text(caught.value)
+    assert isinstance(caught.value, UsageError)
+
+
+def test_white_space_and_order_do_not_matter() -> None:
+    one = parse("streaming(budget=0.3, sinks=2)+prefix")
+    assert one == parse("  prefix +  streaming( sinks = 2 ,budget=0.30 ) ")
+    assert str(one) == "streaming(budget=0.3, sinks=2)+prefix"
+
+
+def test_a_catalogue_refuses_two_methods_of_one_name() -> None:
+    kind = METHODS[0]
+    impostor = type("Impostor", (kind,), {})
+    with pytest.raises(StrategyError, match=f"two methods are called {kind.name!r}"):
+        MethodCatalogue([kind, impostor])
+    assert list(MethodCatalogue([kind, kind])) == [kind]
+
+
+def test_a_method_on_a_wrong_axis_is_refused() -> None:
+    methods = {axis.value: catalogue().default(axis) for axis in Axis}
+    with pytest.raises(StrategyError, match="prefix answers reuse, not retention"):
+        Strategy(**{**methods, "retention": parse("prefix").reuse})
+
+
+def test_what_is_not_chosen_has_its_default() -> None:
+    h2o = parse("h2o").retention
+    assert make_strategy({Axis.RETENTION: h2o}, catalogue()) == parse("h2o")

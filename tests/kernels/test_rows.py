@@ -1,0 +1,180 @@
+"""Rows and pages that move: every kernel family against plain indexing, and the choice of a family."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvwise.core.errors import UsageError
+from kvwise.kernels import available_kernels, kernels_for
+from kvwise.kernels.base import Kernels
+
+CPU = torch.device("cpu")
+FAMILIES = available_kernels(CPU)
+NATIVE = [name for name in FAMILIES if name != "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=FAMILIES)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return kernels_for(CPU, request.param)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [7, 64])
+def test_append_to_blocks(kernels: Kernels, dtype: torch.dtype, dim: int) -> None:
+    size, heads, stride, offset = 4, 3, 6, 3
+    keys, values = random(5 * stride, size, dim, dtype=dtype), random(5 * stride, size, dim, seed=1, dtype=dtype)
+    wanted_keys, wanted_values = keys.clone(), values.clone()
+    slots = torch.tensor([17, 3, 8, 0])
+    # heads first, as a model's projection leaves them
+    new_keys, new_values = random(heads, 4, dim, seed=2).transpose(0, 1), random(heads, 4, dim, seed=3).transpose(0, 1)
+    for t, slot in enumerate(slots.tolist()):
+        for h in range(heads):
+            page = slot // size * stride + offset + h
+            wanted_keys[page, slot % size] = new_keys[t, h].to(dtype)
+            wanted_values[page, slot % size] = new_values[t, h].to(dtype)
+    kernels.append(new_keys, new_values, keys, values, slots, page_stride=stride, page_offset=offset)
+    assert torch.equal(keys, wanted_keys)
+    assert torch.equal(values, wanted_values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_to_pages(kernels: Kernels, dtype: torch.dtype) -> None:
+    keys, values = random(9, 4, 8, dtype=dtype), random(9, 4, 6, seed=1, dtype=dtype)
+    slots = torch.tensor([[5, 30], [0, 17]])
+    new_keys, new_values = random(2, 2, 8, seed=2, dtype=dtype), random(2, 2, 6, seed=3, dtype=dtype)
+    kernels.append(new_keys, new_values, keys, values, slots)
+    assert torch.equal(keys.flatten(0, 1)[slots], new_keys)
+    assert torch.equal(values.flatten(0, 1)[slots], new_values)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_equals_torch(name: str, dtype: torch.dtype) -> None:
+    """Ties, subnormals, overflow, infinities: to the bit."""
+    numbers = torch.cat(
+        [
+            torch.arange(0, 2**16, 7).to(torch.uint16).view(dtype).float(),
+            random(4096, seed=4) * torch.logspace(-9, 9, 4096),
+            torch.tensor([65519.9, 65520.0, 1e38, -1e38, torch.inf, -torch.inf, 0.0, -0.0, 5.96e-8, 2.98e-8, 2.99e-8]),
+        ]
+    )
+    numbers = numbers[~numbers.isnan()]
+    between = torch.cat([numbers, torch.nextafter(numbers, torch.tensor(torch.inf)), numbers * (1 + 2**-9)])
+    arena = torch.zeros(1, 1, len(between), dtype=dtype)
+    kernels_for(CPU, name).append(between.view(1, 1, -1), between.view(1, 1, -1), arena, arena, torch.tensor([0]))
+    assert torch.equal(arena.view(torch.int16).flatten(), between.to(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int32])
+@pytest.mark.parametrize("dims", [(), (24,)])
+def test_gather_and_scatter(kernels: Kernels, dtype: torch.dtype, dims: tuple[int, ...]) -> None:
+    arena = (random(6, 4, *dims) * 100).to(dtype)
+    slots = torch.tensor([23, 0, 7, 7, 12])
+    rows = kernels.gather(arena, slots)
+    assert torch.equal(rows, arena.flatten(0, 1)[slots])
+    into = torch.empty_like(rows)
+    assert kernels.gather(arena, slots, into).data_ptr() == into.data_ptr()
+    assert torch.equal(into, rows)
+    target = torch.zeros_like(arena)
+    wanted = torch.zeros_like(arena)
+    slots = torch.tensor([3, 20, 9, 1, 0])
+    wanted.view(-1, *dims)[slots] = rows
+    kernels.scatter(rows, target, slots)
+    assert torch.equal(target, wanted)
+
+
+@given(moves=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=20), name=st.sampled_from(FAMILIES))
+def test_moves_happen_in_order(moves: list[tuple[int, int]], name: str) -> None:
+    arena = torch.arange(24, dtype=torch.float32).view(3, 4, 2)
+    wanted = arena.clone()
+    for source, target in moves:
+        wanted.view(12, 2)[target] = wanted.view(12, 2)[source].clone()
+    source, target = (torch.tensor([move[i] for move in moves], dtype=torch.int64) for i in (0, 1))
+    kernels_for(CPU, name).move_slots(arena, source, target)
+    assert torch.equal(arena, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_between_arenas(kernels: Kernels, dtype: torch.dtype) -> None:
+    source, target = random(6, 4, 8, dtype=dtype), random(9, 4, 8, seed=1, dtype=dtype)
+    wanted = target.clone()
+    wanted[[8, 0, 3]] = source[[1, 5, 0]]
+    kernels.copy_pages(source, torch.tensor([1, 5, 0]), target, torch.tensor([8, 0, 3]))
+    assert torch.equal(target, wanted)
+
+
+def test_nothing_moves_nothing(kernels: Kernels) -> None:
+    arena, none = random(2, 4, 8), torch.zeros(0, dtype=torch.int64)
+    before = arena.clone()
+    assert kernels.gather(arena, none).shape == (0, 8)
+    kernels.scatter(torch.zeros(0, 8), arena, none)
+    kernels.move_slots(arena, none, none)
+    kernels.copy_pages(arena, none, arena, none)
+    kernels.append(torch.zeros(0, 1, 8), torch.zeros(0, 1, 8), arena, arena, none)
+    assert torch.equal(arena, before)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotated_keys_move_to_other_positions(kernels: Kernels, interleaved: bool) -> None:
+    """Rotating from 0 to p + d equals rotating from 0 to p, then by d; dims behind the rotary ones stay."""
+    keys, inv_freq = random(50, 20).double().float(), 10000.0 ** (-torch.arange(8) / 8)
+    start, delta = torch.arange(50), torch.arange(50) * 37 - 900
+    there = kernels.rotate(keys, start + delta, inv_freq, interleaved=interleaved)
+    steps = kernels.rotate(
+        kernels.rotate(keys, start, inv_freq, interleaved=interleaved), delta, inv_freq, interleaved=interleaved
+    )
+    torch.testing.assert_close(there, steps, rtol=1e-5, atol=1e-5)
+    assert torch.equal(there[:, 16:], keys[:, 16:])
+    x, y = (keys[7, 0], keys[7, 1]) if interleaved else (keys[7, 0], keys[7, 8])
+    angle = torch.tensor(float(7 + delta[7]))
+    torch.testing.assert_close(there[7, 0], x * angle.cos() - y * angle.sin(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_slots_outside_the_arena_are_refused(name: str) -> None:
+    kernels, arena = kernels_for(CPU, name), random(2, 4, 8)
+    before = arena.clone()
+    far, near = torch.tensor([8]), torch.tensor([0])
+    for call in (
+        lambda: kernels.gather(arena, far),
+        lambda: kernels.gather(arena, -near - 1),
+        lambda: kernels.scatter(random(1, 8), arena, far),
+        lambda: kernels.move_slots(arena, near, far),
+        lambda: kernels.copy_pages(arena, near, arena, torch.tensor([2])),
+        lambda: kernels.append(random(1, 1, 8), random(1, 1, 8), arena, arena, far),
+    ):
+        with pytest.raises(UsageError, match=r"outside the arena of [28] slots"):
+            call()
+    assert torch.equal(arena, before)
+    with pytest.raises(UsageError, match="must be contiguous"):
+        kernels.gather(arena.transpose(0, 1), near)
+
+
+def test_the_fastest_family_is_chosen() -> None:
+    assert kernels_for(CPU).name == FAMILIES[0]
+    for name in FAMILIES:
+        assert kernels_for(CPU, name).name == name
+    with pytest.raises(UsageError, match="no kernels called 'cpu-mmx'"):
+        kernels_for(CPU, "cpu-mmx")
+
+
+def test_without_native_kernels_the_reference_runs_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import importlib.util
+
+    from kvwise import kernels
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "kvwise._native" else find(name))
+    kernels._say_slow_once.cache_clear()
+    assert [kernels_for(CPU).name for _ in range(3)] == ["reference"] * 3
+    assert len(caplog.records) == 1
+    assert "without its native kernels" in caplog.text

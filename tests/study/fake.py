@@ -1,0 +1,248 @@
+"""A fake engine and bench with the real ones' face, on a virtual clock: a study of minutes runs in a blink."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvwise.core.clock import VirtualClock
+from kvwise.core.errors import CapacityError, StrategyError
+from kvwise.core.output import Attestation, EngineStats, FinishReason, RequestMetrics, RequestOutput
+from kvwise.core.params import SamplingParams
+from kvwise.study.face import ModelFacts, Observe, OnOffRun
+
+BLOCK = 16
+VOCAB = 320
+KNOWN = ("full", "prefix", "h2o", "infinigen", "streaming", "idle", "broken", "hungry")
+
+
+@dataclass
+class _Request:
+    output: RequestOutput
+    params: SamplingParams
+    observe: Observe | None
+    computed: int = 0
+    told: bool = False
+
+
+@dataclass
+class FakeEngine:
+    """Prefill and decode at a price per token; methods change what is read, held and answered."""
+
+    clock: VirtualClock
+    strategy: str
+    speed: float  # seconds per million parameter-tokens
+    facts: ModelFacts
+    memory_bytes: int | None
+    waiting: list[_Request] = field(default_factory=list)
+    running: list[_Request] = field(default_factory=list)
+    ended: list[_Request] = field(default_factory=list)
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+    hits: int = 0
+    queries: int = 0
+    steps: int = 0
+    closed: bool = False
+
+    @property
+    def budget(self) -> float:
+        found = re.search(r"budget=([0-9.]+)", self.strategy)
+        return float(found[1]) if found else 1.0
+
+    @property
+    def pool(self) -> int:
+        return self.memory_bytes or 1 << 30
+
+    def add_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        arrival: float | None = None,
+        observe: Observe | None = None,
+    ) -> str:
+        name = request_id or f"request-{len(self.seen)}-{self.queries}"
+        longest = (len(prompt) + params.max_tokens) * self.facts.kv_token_bytes
+        if longest * self.share() > self.pool:
+            raise CapacityError(f"request of {longest} bytes is larger than the pool of {self.pool}")
+        now = self.clock.now() if arrival is None else arrival
+        metrics = RequestMetrics(arrival=now, num_prompt_tokens=len(prompt))
+        output = RequestOutput(name, 0, list(prompt), [], [], "", None, None, None, metrics, Attestation(self.strategy))
+        self.waiting.append(_Request(output, params, observe))
+        return name
+
+    def abort(self, request_id: str) -> None:
+        for request in [*self.running, *self.waiting]:
+            if request.output.request_id == request_id:
+                self._end(request, FinishReason.ABORT)
+
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running or self.ended)
+
+    def step(self) -> list[RequestOutput]:
+        self.steps += 1
+        if "broken" in self.strategy:
+            raise MemoryError("no memory for this method")
+        while self.waiting and self.used() + self._needs(self.waiting[0]) <= self.pool:
+            self.running.append(self.waiting.pop(0))
+            self._match(self.running[-1])
+        cost, room = 0.0008, 512
+        for request in self.running:
+            cost += self._advance(request, room) * self.speed * self.facts.num_parameters / 1e6
+        self.clock.advance(cost)
+        self._emit()
+        news = [r.output for r in [*self.running, *self.ended] if r.output.new_token_ids or r in self.ended]
+        self.ended.clear()
+        return news
+
+    def _match(self, request: _Request) -> None:
+        request.output.metrics.first_scheduled = self.clock.now()
+        if "prefix" not in self.strategy:
+            return
+        tokens = request.output.prompt_token_ids
+        self.queries += len(tokens)
+        length = 0
+        while length + BLOCK < len(tokens) and tuple(tokens[: length + BLOCK]) in self.seen:
+            length += BLOCK
+        self.hits += length
+        request.computed = length
+        request.output.metrics.num_cached_tokens = length
+        request.output.attestation.tokens_reused = length
+
+    def _advance(self, request: _Request, room: int) -> float:
+        """Tokens' worth of work."""
+        prompt = len(request.output.prompt_token_ids)
+        if request.computed < prompt:
+            count = min(room, prompt - request.computed)
+            request.computed += count
+            return count * (1.15 if "h2o" in self.strategy else 1.0)
+        return 1 + 0.01 * self.budget * prompt * (6 if "infinigen" in self.strategy else 1)
+
+    def _emit(self) -> None:
+        now = self.clock.now()
+        for request in list(self.running):
+            output = request.output
+            output.new_token_ids.clear()
+            if request.computed < len(output.prompt_token_ids):
+                continue
+            step = len(output.token_ids)
+            logits = self.logits(output.prompt_token_ids, step)
+            if request.observe is not None:
+                request.observe(step, logits)
+            forced = request.params.forced_tokens
+            output.token_ids.append(int(logits.argmax()) if forced is None else forced[step])
+            output.new_token_ids.append(output.token_ids[-1])
+            output.metrics.token_times.append(now)
+            output.metrics.first_token = output.metrics.token_times[0]
+            self._attest(request)
+            if len(output.token_ids) == request.params.max_tokens:
+                self._end(request, FinishReason.LENGTH)
+
+    def _attest(self, request: _Request) -> None:
+        for name in ("h2o", "infinigen", "streaming"):
+            if name in self.strategy and self.budget < 1:
+                request.output.attestation.did[name] = request.output.attestation.did.get(name, 0) + 7
+
+    def logits(self, prompt: list[int], step: int) -> np.ndarray:
+        rng = np.random.default_rng((sum(prompt) % 9973, step))
+        logits = 3 * rng.standard_normal(VOCAB)
+        blur = 0.0 if self.budget == 1 else (0.9 if "h2o" in self.strategy else 0.4) * (1 - self.budget) ** 2
+        return (logits + blur * 3 * rng.standard_normal(VOCAB)).astype(np.float32)
+
+    def _end(self, request: _Request, reason: FinishReason) -> None:
+        ended = RequestOutput(
+            request.output.request_id, 0, request.output.prompt_token_ids, request.output.token_ids,
+            list(request.output.new_token_ids), "", reason, None, None, request.output.metrics,
+            request.output.attestation,
+        )  # fmt: skip
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
+        tokens = [*ended.prompt_token_ids, *ended.token_ids]
+        if "prefix" in self.strategy:
+            self.seen |= {tuple(tokens[:i]) for i in range(BLOCK, len(tokens), BLOCK)}
+        self.ended.append(_Request(ended, request.params, None))
+
+    def share(self) -> float:
+        return 0.25 if "infinigen" in self.strategy else self.budget
+
+    def _needs(self, request: _Request) -> int:
+        tokens = len(request.output.prompt_token_ids) + request.params.max_tokens
+        return int(tokens * self.facts.kv_token_bytes * self.share())
+
+    def used(self) -> int:
+        return sum(map(self._needs, self.running))
+
+    def stats(self) -> EngineStats:
+        tiers = {"device": self.used()}
+        if "infinigen" in self.strategy:
+            tiers["host"] = self.used() * 4
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_preemptions=0,
+            num_steps=self.steps,
+            blocks_total=100,
+            blocks_free=100 - min(100, 100 * self.used() // self.pool),
+            blocks_cached=0,
+            pool_bytes=self.pool,
+            kv_bytes=tiers,
+            prefix_queries=self.queries,
+            prefix_hits=self.hits,
+            links={"host:device": "12 GB/s (throttled)"} if "infinigen" in self.strategy else {},
+        )
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeBench:
+    """Engines for any strategy of known words, all in one virtual time."""
+
+    def __init__(self, speed: float = 2e-6) -> None:
+        self.clock = VirtualClock()
+        self.speed = speed
+        self.engines: list[FakeEngine] = []
+        self.slept = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+        self.clock.advance(max(seconds, 0.0) + 1e-9)
+
+    def resident_bytes(self) -> int:
+        return 300 << 20
+
+    def check_strategy(self, text: str) -> None:
+        for part in text.split("+"):
+            name = part.partition("(")[0]
+            if name not in KNOWN:
+                raise StrategyError(f"unknown method {name!r} (known: {', '.join(KNOWN)})")
+        found = re.search(r"budget=([0-9.]+)", text)
+        if found and not 0 < float(found[1]) <= 1:
+            raise StrategyError(f"h2o: budget={found[1]} is out of range: it must be above 0, at most 1")
+
+    def idle_methods(self, text: str, did: Mapping[str, int], tokens_reused: int) -> tuple[str, ...]:
+        names = [part.partition("(")[0] for part in text.split("+")]
+        busy = {name for name, count in did.items() if count} | ({"prefix"} if tokens_reused else set()) | {"full"}
+        return tuple(name for name in names if name not in busy)
+
+    def facts(self, model: str) -> ModelFacts:
+        if "missing" in model:
+            raise CapacityError(f"no model {model}")
+        millions = float(re.search(r"(\d+)m", model)[1]) if re.search(r"(\d+)m", model) else 5.0
+        return ModelFacts(model, VOCAB, 4096, 4096, int(millions * 4e6), int(millions * 1e6))
+
+    def engine(self, model: str, strategy: str, memory_bytes: int | None) -> FakeEngine:
+        if "hungry" in strategy:
+            raise CapacityError("the pool is too small for one block: raise kv_cache_memory_bytes")
+        self.engines.append(FakeEngine(self.clock, strategy, self.speed, self.facts(model), memory_bytes))
+        return self.engines[-1]
+
+    def generate(self, model: str, side: str, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
+        per_token = 0.004
+        seconds = per_token * output_tokens * (1 + (output_tokens / 60 if side == "hf-off" else 0))
+        if side == "kvwise":
+            seconds *= 1.06
+        self.clock.advance(seconds)
+        return OnOffRun(side, output_tokens, per_token, seconds, tuple(range(output_tokens)))

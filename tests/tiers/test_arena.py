@@ -1,0 +1,69 @@
+"""Arenas: zeroed memory of the right shape and size, given back when it is gone."""
+
+import gc
+
+import psutil
+import pytest
+import torch
+
+from kvwise.core.layout import KVLayout
+from kvwise.engine.placement.staging import Staging
+from kvwise.tiers.arena import Arena, block_bytes
+from kvwise.tiers.memory import allocate
+
+CPU = torch.device("cpu")
+LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=16, element_bytes=4)
+
+
+def test_shapes_and_bytes() -> None:
+    arena = Arena(LAYOUT, 5, torch.float32, CPU, ("mass", "positions"))
+    assert arena.keys.shape == arena.values.shape == (30, 16, 8)
+    assert arena.columns["mass"].dtype is torch.float32
+    assert arena.columns["positions"].dtype is torch.int32
+    assert arena.num_bytes == 5 * block_bytes(LAYOUT, ("mass", "positions"))
+    assert block_bytes(LAYOUT) == LAYOUT.block_bytes
+
+
+def test_a_column_by_block_holds_a_token_of_all_heads_side_by_side() -> None:
+    arena = Arena(LAYOUT, 2, torch.float32, CPU, ("positions",))
+    arena.by_block("positions")[1, :, 3] = 7
+    slots = arena.columns["positions"].nonzero().tolist()
+    assert slots == [[page, 3] for page in range(6, 12)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (700, 1000), (4 * 1024 * 1024,)])
+def test_memory_is_zeroed_and_writable(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    memory = allocate(shape, dtype, CPU)
+    assert memory.shape == shape
+    assert memory.dtype is dtype
+    assert not memory.any()
+    if memory.numel():
+        memory[-1] = 1
+        assert memory[-1].flatten()[-1] == 1
+
+
+def test_large_memory_is_lazy_and_goes_back_to_the_system() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    size = 256 * 2**20
+    memory = allocate((size // 4,), torch.float32, CPU)
+    assert process.memory_info().rss - before < size // 4  # nothing is touched yet
+    memory.fill_(1.0)
+    assert process.memory_info().rss - before > size // 2
+    del memory
+    gc.collect()
+    assert process.memory_info().rss - before < size // 4
+
+
+def test_staging_lays_rows_out_per_sequence_and_head_and_only_grows() -> None:
+    staging = Staging(LAYOUT, torch.float32, CPU)
+    assert staging.num_bytes == 0
+    staging.resize(3, 2)
+    assert staging.tables.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+    assert staging.first_slots().tolist() == [[0, 32], [64, 96], [128, 160]]
+    held = staging.num_bytes
+    assert held == 12 * LAYOUT.page_bytes
+    staging.resize(1, 4)
+    assert staging.tables.shape == (1, 2, 4)
+    assert staging.num_bytes == held
