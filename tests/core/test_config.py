@@ -75,7 +75,9 @@ def test_links(text: str, link: str, speed: float) -> None:
     assert parse_link(text) == (link, speed)
 
 
-@pytest.mark.parametrize("text", ["", "host:device", "host=3GB/s", "host:device=fast", "host:device=3GB", "host:device=0GB/s"])
+@pytest.mark.parametrize(
+    "text", ["", "host:device", "host=3GB/s", "host:device=fast", "host:device=3GB", "host:device=0GB/s"]
+)
 def test_no_links(text: str) -> None:
     with pytest.raises(UsageError):
         parse_link(text)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.engine.plain import Plain
+from tests.engine.runs import greedy, prompts, require_empty, run
 
 from kvwise.core.params import SamplingParams
 from kvwise.models.support import ARCHITECTURES
-from tests.engine.plain import Plain
-from tests.engine.runs import greedy, prompts, require_empty, run
 
 Serve = Callable[..., Any]
 Reference = Callable[[str], Plain]
@@ -27,9 +27,7 @@ def check(plain: Plain, many: list[list[int]], outputs: list[Any], num_tokens: i
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("settings", [CHUNKED, UNCHUNKED], ids=["chunked", "unchunked"])
-def test_batch_of_ragged_prompts(
-    serve: Serve, plain: Reference, architecture: str, settings: dict[str, Any]
-) -> None:
+def test_batch_of_ragged_prompts(serve: Serve, plain: Reference, architecture: str, settings: dict[str, Any]) -> None:
     engine = serve(f"{architecture}-tiny", "full", **settings)
     many = prompts(*RAGGED)
     check(plain(architecture), many, run(engine, many, greedy(NUM_TOKENS)))
@@ -38,9 +36,7 @@ def test_batch_of_ragged_prompts(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("settings", [CHUNKED, UNCHUNKED], ids=["chunked", "unchunked"])
-def test_one_prompt_alone(
-    serve: Serve, plain: Reference, architecture: str, settings: dict[str, Any]
-) -> None:
+def test_one_prompt_alone(serve: Serve, plain: Reference, architecture: str, settings: dict[str, Any]) -> None:
     engine = serve(f"{architecture}-tiny", "full", **settings)
     for prompt in prompts(*RAGGED)[-2:]:
         check(plain(architecture), [prompt], run(engine, [prompt], greedy(NUM_TOKENS)))
@@ -48,9 +44,7 @@ def test_one_prompt_alone(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("settings", [CHUNKED, UNCHUNKED], ids=["chunked", "unchunked"])
-def test_with_prefix_hits(
-    serve: Serve, plain: Reference, architecture: str, settings: dict[str, Any]
-) -> None:
+def test_with_prefix_hits(serve: Serve, plain: Reference, architecture: str, settings: dict[str, Any]) -> None:
     engine = serve(f"{architecture}-tiny", "prefix", **settings)
     shared, *tails = prompts(40, 1, 9, 24, 40)
     first = [shared + tail for tail in tails[:2]]
@@ -136,9 +130,7 @@ def test_infinigen_that_fetches_all(
 def test_infinigen_after_preemption(serve: Serve, plain: Reference, architecture: str) -> None:
     strategy = "infinigen(alpha=1e9, budget=1, ratio=1)"
     block_bytes = 2 * 16 * 16 * 4 * 4 * (4 if architecture == "gpt2" else 2)
-    engine = serve(
-        f"{architecture}-tiny", strategy, blocks=64, max_num_seqs=4, kv_offloading_bytes=9 * block_bytes
-    )
+    engine = serve(f"{architecture}-tiny", strategy, blocks=64, max_num_seqs=4, kv_offloading_bytes=9 * block_bytes)
     many = prompts(15, 17, 33, 31)
     outputs = run(engine, many, greedy(30))
     assert engine.stats().num_preemptions > 0

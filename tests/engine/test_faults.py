@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 from torch import Tensor
 
 from kvwise.core.errors import CapacityError, UsageError
@@ -18,7 +19,6 @@ from kvwise.methods.retention.h2o import H2O
 from kvwise.methods.selection.infinigen import InfiniGenIndex
 from kvwise.models.load import load_model
 from kvwise.tiers.link import Link
-from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 Serve = Callable[..., Any]
 # Of these, answers do not depend on what is cached ("infinigen+prefix" sees the queries of computed rows only).
@@ -26,7 +26,6 @@ STRATEGIES = ("full", "prefix", "streaming+prefix", "h2o", "infinigen")
 
 
 # -- aborts -----------------------------------------------------------------------------------------------------
-
 
 
 def require_free(engine: Engine) -> None:
@@ -210,9 +209,7 @@ def test_keep_that_raises(serve: Serve, expected: Any, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("wrong", ["too many", "shape"])
-def test_keep_that_answers_nonsense(
-    serve: Serve, expected: Any, monkeypatch: pytest.MonkeyPatch, wrong: str
-) -> None:
+def test_keep_that_answers_nonsense(serve: Serve, expected: Any, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     tokens = expected("h2o")
     keep = H2O.keep
 
@@ -227,9 +224,7 @@ def test_keep_that_answers_nonsense(
 
 
 @pytest.mark.parametrize("wrong", ["raises", "names a slot that is not there", "shape"])
-def test_victims_that_fail(
-    serve: Serve, expected: Any, monkeypatch: pytest.MonkeyPatch, wrong: str
-) -> None:
+def test_victims_that_fail(serve: Serve, expected: Any, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     """Victims are named for the whole batch; only the request that cannot be served ends."""
     tokens = expected("h2o")
     victims = H2O.victims
@@ -264,7 +259,7 @@ def test_index_that_fails(serve: Serve, expected: Any, monkeypatch: pytest.Monke
         build(self, layer, row, keys)
 
     def bad(self: InfiniGenIndex, layer: int, row: int, *rest: Any) -> Any:
-        if where == "observe" and rest[0].shape[0] == BAD or where != "observe" and row in bad_rows and layer == 2:
+        if (where == "observe" and rest[0].shape[0] == BAD) or (where != "observe" and row in bad_rows and layer == 2):
             if where != "nonsense":
                 raise RuntimeError(f"{where} is broken")
             return original(self, layer, row, *rest) + 10_000

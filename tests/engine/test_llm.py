@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.engine.runs import require_empty
 
 from kvwise import LLM, SamplingParams, UsageError, parse
 from kvwise.core.output import FinishReason
-from tests.engine.runs import require_empty
 
 Load = Callable[[str], Any]
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 from kvwise.core.clock import VirtualClock
 from kvwise.core.output import FinishReason
 from kvwise.engine.engine import Engine
 from kvwise.engine.sequence import Phase
-from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 Serve = Callable[..., Any]
 
@@ -113,6 +113,20 @@ def test_requests_that_wait_for_a_prefix_are_not_lost_when_the_budget_ends(serve
     shared, *others = prompts(64, 40, 40)
     many = [shared + [1], shared + [2], *others, shared + [3]]
     assert all(o.finish_reason is FinishReason.LENGTH for o in run(engine, many, greedy(3)))
+
+
+def test_requests_that_wait_for_a_prefix_keep_their_place(serve: Serve) -> None:
+    clock = VirtualClock()
+    engine = serve("llama-tiny", "prefix", clock=clock, max_num_seqs=2, max_num_batched_tokens=64)
+    shared, other, last = prompts(32, 40, 40)
+    for name, prompt in (("first", shared + [1]), ("twin", shared + [2]), ("other", other), ("last", last)):
+        engine.add_request(prompt, greedy(4), request_id=name)
+    done = {}
+    while engine.has_unfinished():
+        clock.advance(1.0)
+        done |= {o.request_id: o.metrics.first_scheduled for o in engine.step() if o.finished}
+    assert done["first"] == done["other"] == 1.0  # the twin waits for its prefix, and does not block the queue
+    assert done["twin"] < done["last"]
 
 
 def test_a_waiting_twin_computes_the_prefix_when_the_first_is_aborted(serve: Serve) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 from torch import Tensor
 
 from kvwise.core.errors import UnsupportedModel
@@ -17,7 +18,6 @@ from kvwise.engine.placement.recall_part import RecallPart
 from kvwise.methods.selection.base import IndexShape, near
 from kvwise.methods.selection.infinigen import InfiniGen, InfiniGenIndex, skew
 from kvwise.models.hook import forward
-from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 Serve = Callable[..., Any]
 Load = Callable[[str], Any]
@@ -201,7 +201,10 @@ def test_fetched_rows_are_the_chosen_tokens_kv(serve: Serve, monkeypatch: pytest
         assert tokens.shape[0] == num_heads  # as many for each head, never more than the budget
         assert 1 <= tokens.shape[1] <= max(1, int(0.4 * num_tokens))
         assert all(len(set(row)) == len(row) for row in tokens.tolist())
-        got_keys, got_values = got_keys.view(num_heads, -1, keys.shape[-1]), got_values.view(num_heads, -1, keys.shape[-1])
+        got_keys, got_values = (
+            got_keys.view(num_heads, -1, keys.shape[-1]),
+            got_values.view(num_heads, -1, keys.shape[-1]),
+        )
         for head in range(num_heads):
             for i, token in enumerate(tokens[head].tolist()):
                 if token < 75:

@@ -82,7 +82,7 @@ class Engine:
         sequence = Sequence(
             request_id=name,
             index=index,
-            num_prompt=len(tokens),
+            prompt=tokens,
             tokens=list(tokens),
             params=params,
             salt=salt,

@@ -61,8 +61,9 @@ class Finisher:
             rows += [(twin, row) for twin in self._fork(sequence)]
         if not rows:
             return
-        index = torch.tensor([row for _, row in rows], device=logits.device)
-        chosen = sample(logits[index], [s.sampler for s, _ in rows])
+        index = [row for _, row in rows]
+        picked = logits if index == list(range(len(logits))) else logits[torch.tensor(index, device=logits.device)]
+        chosen = sample(picked, [s.sampler for s, _ in rows])
         now = self._clock.now()
         for (sequence, row), found in zip(rows, chosen, strict=True):
             if not self._observed(sequence, logits[row]):
@@ -192,7 +193,7 @@ class Finisher:
         return RequestOutput(
             request_id=sequence.request_id,
             index=sequence.index,
-            prompt_token_ids=sequence.tokens[: sequence.num_prompt],
+            prompt_token_ids=sequence.prompt,
             token_ids=outputs,
             new_token_ids=outputs[told:],
             text=sequence.output.text,

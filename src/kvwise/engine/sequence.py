@@ -35,7 +35,7 @@ class Sequence:
 
     request_id: str
     index: int
-    num_prompt: int
+    prompt: list[int]  # never changed
     tokens: list[int]
     params: SamplingParams
     salt: str
@@ -55,6 +55,11 @@ class Sequence:
     told: bool = False  # the end has been told
     finish_reason: FinishReason | None = None
     error: str | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
 
     @property
     def num_outputs(self) -> int:

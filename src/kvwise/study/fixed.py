@@ -20,6 +20,7 @@ def held_fixed(study: Study) -> list[tuple[str, str]]:
         ("agreement", f"{plan.quality.prompts} prompts that share their first half, {plan.quality.tokens} tokens each"),
         ("service levels", _given(plan.slo.model_dump(exclude_none=True)) or "none"),
         ("seed", str(plan.seed)),
+        ("threads", " and ".join(sorted({str(row["threads"]) for row in study.cells})) or "unknown"),
     ]
     for name, speed in plan.links.items():
         pairs.append((f"link {name}", f"throttled to {speed}"))

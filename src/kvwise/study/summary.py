@@ -132,8 +132,9 @@ class Study:
 
     @property
     def links(self) -> dict[str, str]:
-        """Links that were throttled in any cell, with their label."""
-        return {name: text for row in self.cells for name, text in (row["links"] or {}).items()}
+        """Throttled links with their label."""
+        told = {name: text for row in self.cells for name, text in (row["links"] or {}).items()}
+        return {name: told.get(name, f"{speed} (throttled)") for name, speed in self.plan.links.items()}
 
 
 def load_study(folder: StudyFolder, plan: Plan, num_left: int = 0) -> Study:
