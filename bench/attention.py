@@ -7,8 +7,8 @@
 Decode: one query per sequence over pages scattered as an engine leaves them; enough layers are allocated that no call
 finds its KV in a cache. Gates (16k context, batch 8, half precision, D 128, 32/8 heads, 2 threads): at least 0.45 of
 the measured read bandwidth, at least 4x torch SDPA on contiguous float32, mass at most +15 %.
-Prefill: a causal prompt; the gate is SDPA's speed. All sides take turns in one run; figures are medians and half the
-spread between quartiles. Rows also go to bench/results/attention.json.
+Prefill: a causal prompt; the gate is SDPA's speed. All sides take turns in one run; times are medians with half the
+distance between quartiles, ratios are medians over the repeats. Rows also go to bench/results/attention.json.
 """
 
 import argparse
@@ -91,6 +91,7 @@ class Pages:
         self.queries = torch.randn(setting.batch, self.num_query_heads, dim)
         self.query_start = torch.arange(setting.batch + 1, dtype=torch.int32)
         self.scale = dim**-0.5
+        self._turns = itertools.count()  # no side may find in a cache what another has just read
 
     def segment(self, layer: int, mass: bool) -> Segment:
         """What one call attends to."""
@@ -108,8 +109,8 @@ class Pages:
     def attend(self, kernels: Kernels, mass: bool) -> Side:
         """A call of these kernels, on another layer each time."""
 
-        def side(repeat: int) -> object:
-            segment = self.segment(repeat % self.setting.num_layers, mass)
+        def side(_: int) -> object:
+            segment = self.segment(next(self._turns) % self.setting.num_layers, mass)
             return kernels.attend(self.queries, self.query_start, [segment], scale=self.scale)
 
         return side
@@ -177,6 +178,11 @@ def spread(times: Sequence[float]) -> float:
     return (high - low) / 2 / middle
 
 
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median over repeats of two sides' ratio: neighbours in time share whatever else the machine was doing."""
+    return statistics.median(x / y for x, y in zip(numerator, denominator, strict=True))
+
+
 def decode_rows(setting: Setting, options: argparse.Namespace, bandwidth: ReadBandwidth) -> list[dict[str, object]]:
     """Measure one setting with every chosen kernel family."""
     pages = Pages(setting)
@@ -207,14 +213,14 @@ def decode_rows(setting: Setting, options: argparse.Namespace, bandwidth: ReadBa
             "spread": spread(times[name]),
             "gb_per_s": setting.layer_bytes / medians[name] / 1e9,
             "read_gb_per_s": read / 1e9,
-            "of_bandwidth": setting.layer_bytes / medians[name] / read,
+            "of_bandwidth": setting.layer_bytes / bandwidth.num_bytes * ratio(times["read"], times[name]),
             # Best against best: what is left when neighbours on the machine take no time away.
             "of_bandwidth_best": setting.layer_bytes / bests[name] / (bandwidth.num_bytes / bests["read"]),
             "mass_extra_best": bests[f"{name} mass"] / bests[name] - 1,
-            "mass_extra": medians[f"{name} mass"] / medians[name] - 1,
+            "mass_extra": ratio(times[f"{name} mass"], times[name]) - 1,
         }
         row |= {
-            f"{side}_ratio": medians[side] / medians[name] for side in ("sdpa", "bmm", "gather+sdpa") if side in medians
+            f"{side}_ratio": ratio(times[side], times[name]) for side in ("sdpa", "bmm", "gather+sdpa") if side in times
         }
         rows.append(row)
         print(_decode_line(row), flush=True)
@@ -263,10 +269,10 @@ def prefill_rows(setting: Setting, options: argparse.Namespace) -> list[dict[str
             "ms": medians[name] * 1e3,
             "spread": spread(times[name]),
             "gflop_per_s": flop / medians[name] / 1e9,
-            "mass_extra": medians[f"{name} mass"] / medians[name] - 1,
+            "mass_extra": ratio(times[f"{name} mass"], times[name]) - 1,
         }
-        if "sdpa" in medians:
-            row["sdpa_ratio"] = medians["sdpa"] / medians[name]
+        if "sdpa" in times:
+            row["sdpa_ratio"] = ratio(times["sdpa"], times[name])
         rows.append(row)
         against = f"  {row['sdpa_ratio']:.2f}x sdpa" if "sdpa_ratio" in row else ""
         print(

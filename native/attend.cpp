@@ -17,6 +17,10 @@ constexpr int64_t kMinSplitKeys = 512;  // a shorter part costs more to merge th
 constexpr int kTasksPerThread = 4;      // enough to even out what threads take unequally long for
 constexpr int64_t kDecodeCost = 16;     // of one key, in rows of a key's arithmetic in prefill: decode waits for memory
 
+// Work below which a further thread costs more to wake and wait for than it takes off: about 10 us, as task cost times
+// dims.
+constexpr int64_t kWorkPerThread = 2'000'000;
+
 enum class Kind { kDecode, kDecodePart, kPrefill };
 
 // Work of the first phase: decode of one (sequence, head) or of one part of its keys, or prefill of a block of its
@@ -57,10 +61,10 @@ class Attend {
         plan();
         lay_out_splits();
         workspace_.prepare(call_.num_threads);
-        parallel_for(int64_t(tasks_.size()), call_.num_threads,
-                     [this](int64_t i, int worker) { run_task(tasks_[i], worker); });
+        const int threads = useful_threads();
+        parallel_for(int64_t(tasks_.size()), threads, [this](int64_t i, int worker) { run_task(tasks_[i], worker); });
         const int64_t num_splits = int64_t(splits_.size());
-        parallel_for(num_splits + int64_t(mass_tasks_.size()), call_.num_threads, [&](int64_t i, int worker) {
+        parallel_for(num_splits + int64_t(mass_tasks_.size()), threads, [&](int64_t i, int worker) {
             if (i < num_splits) {
                 merge_split(splits_[i], worker);
             } else {
@@ -247,6 +251,13 @@ class Attend {
             for (int64_t from = 0; from < slots; from += kMassKeys)
                 mass_tasks_.push_back({b, h, s, from, std::min<int64_t>(from + kMassKeys, slots)});
         }
+    }
+
+    int useful_threads() const {
+        int64_t cost = 0;
+        for (const Task& task : tasks_) cost += task.cost;
+        const int64_t work = cost * (call_.shape.key_dim + call_.shape.value_dim);
+        return int(std::min<int64_t>(call_.num_threads, 1 + work / kWorkPerThread));
     }
 
     int64_t rows_of(int32_t b) const { return int64_t(num_queries(b)) * call_.shape.group; }

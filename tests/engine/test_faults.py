@@ -1,7 +1,7 @@
 """What must not go wrong: aborts in any phase, methods that raise, numbers that are no numbers, requests too large."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -324,12 +324,12 @@ POISON = 300  # an id that text never has
 
 
 @pytest.fixture(params=[float("nan"), float("inf")], ids=["nan", "inf"])
-def poisoned(request: pytest.FixtureRequest) -> Iterator[Any]:
+def poisoned(request: pytest.FixtureRequest) -> Any:
     """A model whose embedding of one token is no number."""
     loaded = load_model("random:llama-tiny")
     with torch.no_grad():
         loaded.model.get_input_embeddings().weight[POISON] = request.param
-    yield loaded
+    return loaded
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

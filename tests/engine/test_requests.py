@@ -1,5 +1,6 @@
 """What a request may ask: when it ends, what it is told, and that its tokens depend on nothing but itself."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_outputs_come_token_by_token(serve: Serve) -> None:
             assert output.finished == (len(told) == 5)
             texts.append(output.text)
     assert steps == 3 + 4
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
 def test_samples_are_told_apart_by_index(serve: Serve) -> None:

@@ -111,7 +111,7 @@ def test_same_prefix_at_once_is_computed_about_once(serve: Serve) -> None:
 def test_requests_that_wait_for_a_prefix_are_not_lost_when_the_budget_ends(serve: Serve) -> None:
     engine = serve("llama-tiny", "prefix", max_num_seqs=8, max_num_batched_tokens=32)
     shared, *others = prompts(64, 40, 40)
-    many = [shared + [1], shared + [2], *others, shared + [3]]
+    many = [[*shared, 1], [*shared, 2], *others, [*shared, 3]]
     assert all(o.finish_reason is FinishReason.LENGTH for o in run(engine, many, greedy(3)))
 
 
@@ -119,7 +119,7 @@ def test_requests_that_wait_for_a_prefix_keep_their_place(serve: Serve) -> None:
     clock = VirtualClock()
     engine = serve("llama-tiny", "prefix", clock=clock, max_num_seqs=2, max_num_batched_tokens=64)
     shared, other, last = prompts(32, 40, 40)
-    for name, prompt in (("first", shared + [1]), ("twin", shared + [2]), ("other", other), ("last", last)):
+    for name, prompt in (("first", [*shared, 1]), ("twin", [*shared, 2]), ("other", other), ("last", last)):
         engine.add_request(prompt, greedy(4), request_id=name)
     done = {}
     while engine.has_unfinished():
@@ -133,7 +133,7 @@ def test_a_waiting_twin_computes_the_prefix_when_the_first_is_aborted(serve: Ser
     engine = serve("llama-tiny", "prefix", max_num_seqs=8, max_num_batched_tokens=16)
     (shared,) = prompts(96)
     for name in "abc":
-        engine.add_request(shared + [ord(name)], greedy(3), request_id=name)
+        engine.add_request([*shared, ord(name)], greedy(3), request_id=name)
     engine.step()
     engine.step()
     engine.abort("a")

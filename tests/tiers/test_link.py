@@ -63,7 +63,7 @@ def test_transfers_keep_their_order_and_run_beside_the_caller() -> None:
 
 
 def test_a_transfer_that_fails_says_so_and_the_link_goes_on() -> None:
-    link, clock = throttled(1000.0)
+    link, _clock = throttled(1000.0)
 
     def broken() -> None:
         raise OSError("no such page")

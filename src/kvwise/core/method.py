@@ -60,7 +60,7 @@ class Method:
     def build(cls, options: dict[str, Any]) -> "Method":
         """Make the method from named options; unknown names and wrong types are refused with the known ones."""
         known = {f.name: f for f in fields(cls)}
-        for name, value in options.items():
+        for name in options:
             if name not in known:
                 have = ", ".join(known) or "none"
                 raise StrategyError(f"{cls.name} has no option {name!r}; its options: {have}")

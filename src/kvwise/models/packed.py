@@ -40,7 +40,7 @@ class PackedLinear(nn.Module):
 
 def pack(model: nn.Module) -> int:
     """Replaces the large float32 linear layers of a model on the CPU; how many. Tied weights stay as they are."""
-    if not _available():
+    if not can_pack():
         return 0
     count = 0
     uses = _uses(model)
@@ -56,7 +56,7 @@ def pack(model: nn.Module) -> int:
     return count
 
 
-def _available() -> bool:
+def can_pack() -> bool:
     """Whether this build of torch has the operators (inductor's own; not a documented interface)."""
     return torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
         hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")

@@ -146,7 +146,7 @@ def _decision_row(decision: Decision, paint: dict[str, str]) -> list[str]:
     if pick is None:
         name = '<span class="tie">tie</span>' if decision.tied else '<span class="bad">none</span>'
         likely = decision.pick
-        hint = f" (all else equal: {likely.who.label})" if likely else ""
+        hint = f" (nearest to the full cache: {likely.who.label})" if likely else ""
         agreed, peak = "", ""
         figures = escape(words.outcome(decision) + hint)
     else:

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from kvwise.study.axes import MEMORY, MIB, RATE
-from kvwise.study.chart import Chart, Series, Shape
+from kvwise.study.chart import Chart, Rule, Series, Shape
 from kvwise.study.palette import Palette, by_block, by_strategy, short, slug
 from kvwise.study.rows import Row
 from kvwise.study.summary import Condition, Figures, Study, Who, condition_of, who_of
+from kvwise.study.words import size
 
 
 def pareto_charts(study: Study, palette: Palette) -> Iterator[Chart]:
@@ -118,7 +119,14 @@ def _tier_charts(study: Study, palette: Palette, condition: Condition) -> Iterat
             y_label="KV held, MiB",
             series=tuple(_tier_series(rows, palette, tier)),
             shape=Shape.STEP,
+            rules=() if tier != "device" or condition.memory == "auto" else _pool_rule(study, condition),
         )
+
+
+def _pool_rule(study: Study, condition: Condition) -> tuple[Rule, ...]:
+    """The size of the pool, the same for all strategies but for a block's rounding."""
+    pool = max(f.pool_bytes for f in study.figures if f.condition == condition)
+    return (Rule(pool / MIB, f"pool, {size(pool)}"),)
 
 
 def _tier_series(rows: Sequence[Row], palette: Palette, tier: str) -> Iterator[Series]:

@@ -119,19 +119,31 @@ def agreement_of(figures: Figures) -> float:
 
 
 def crossovers(decisions: Sequence[Decision]) -> list[Crossover]:
-    """Neighbouring conditions along each axis whose clear winners differ."""
+    """Neighbouring conditions along each axis whose winners differ."""
     out = []
     for axis, (rest, value) in _AXES.items():
         lines: dict[Condition, list[Decision]] = defaultdict(list)
         for decision in decisions:
-            # A tie in between says nothing: the last clear winner is compared with the next clear one.
-            if decision.winner is not None:
+            if decision.pick is not None:
                 lines[rest(decision.condition)].append(decision)
         for line in lines.values():
-            for before, after in pairwise(sorted(line, key=value)):
-                if before.winner and after.winner and before.winner.who != after.winner.who:
-                    out.append(Crossover(axis, before, after))
+            ordered = sorted(line, key=value)
+            out += [Crossover(axis, a, b) for a, b in pairwise(ordered) if _differ(a, b)]
     return out
+
+
+def _differ(before: Decision, after: Decision) -> bool:
+    """Whether the winner changes: a clear one on at least one side, who does not win, or tie for it, on the other."""
+    for one, other in ((before, after), (after, before)):
+        if one.winner is not None and other.pick is not None:
+            if other.winner is not None:
+                return one.winner.who != other.winner.who
+            return one.winner.who != other.pick.who
+    return False
+
+
+def _pool(decision: Decision) -> int:
+    return 0 if decision.pick is None else decision.pick.pool_bytes
 
 
 # Axis -> (a condition without its place on the axis, that place).
@@ -139,7 +151,7 @@ _AXES: dict[str, tuple[Callable[[Condition], Condition], Callable[[Decision], fl
     "rate": (lambda c: replace(c, rate=0.0), lambda d: d.condition.rate),
     "concurrency": (lambda c: replace(c, concurrency=0.0), lambda d: d.condition.concurrency),
     "context": (lambda c: replace(c, context=0), lambda d: d.condition.context),
-    "memory": (lambda c: replace(c, memory=""), lambda d: d.winner.pool_bytes if d.winner else 0),
+    "memory": (lambda c: replace(c, memory=""), _pool),
 }
 
 

@@ -8,6 +8,12 @@ from kvwise.study.summary import Condition, Figures
 from kvwise.study.verdict import BudgetCrossover, Crossover, Decision, Measure, measured
 
 UNITS = {Measure.GOODPUT: "good req/s", Measure.THROUGHPUT: "output tok/s", Measure.LATENCY: "ms end to end (median)"}
+AXIS_WORDS = {
+    "rate": "the request rate",
+    "concurrency": "concurrency",
+    "context": "context length",
+    "memory": "KV memory",
+}
 ARTICLE = "the article's number: 9.28 s → 3.19 s (2.91×), not reproduced: its setting is unknown"
 
 
@@ -76,14 +82,13 @@ def factor(decision: Decision) -> str:
 
 def crossover(found: Crossover) -> str:
     """Where the winner changes, in one sentence."""
-    before, after = found.before, found.after
-    if before.winner is None or after.winner is None:
-        return ""
-    place = f"{before.condition.model}, {before.condition.block}"
-    return (
-        f"{place}: {before.winner.who.label} at {condition(before.condition)}; "
-        f"{after.winner.who.label} at {condition(after.condition)}"
-    )
+    sides = []
+    for decision in (found.before, found.after):
+        tied = ", ".join(f.who.label for f in decision.tied)
+        name = f"a tie of {tied}" if decision.winner is None else decision.winner.who.label
+        sides.append(f"{name} at {condition(decision.condition)}")
+    given = found.before.condition
+    return f"{given.model}, along {AXIS_WORDS[found.axis]}: {sides[0]}, then {sides[1]}"
 
 
 def budget_crossover(found: BudgetCrossover) -> str:
