@@ -28,8 +28,7 @@ class Anatomy:
         """Medians over steps: `step`, its parts, and `share outside` products and attention."""
         middle = {name: _median(values) for name, values in {"step": self.step, **self.parts}.items()}
         outside = [
-            1 - (m + a) / s
-            for s, m, a in zip(self.step, self.parts["matmul"], self.parts["attention"], strict=True)
+            1 - (m + a) / s for s, m, a in zip(self.step, self.parts["matmul"], self.parts["attention"], strict=True)
         ]
         return {**middle, "share outside": _median(outside)}
 

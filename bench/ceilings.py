@@ -8,8 +8,8 @@ import torch
 
 from kvwise.models.loaded import LoadedModel
 from kvwise.models.packed import PackedLinear, can_pack
+from machine import ReadBandwidth
 
-READ_BYTES = 512 << 20
 MATMUL_SIZE = 1536
 
 
@@ -21,12 +21,12 @@ class Ceilings:
     matmul: float
 
 
-def measure(repeats: int = 7) -> Ceilings:
-    """The best of `repeats`, since other tenants only ever slow a machine down; MKL's or oneDNN's matmul."""
-    data = torch.ones(READ_BYTES // 4)
+def measure(num_threads: int, repeats: int = 7) -> Ceilings:
+    """Reads of a large array, and MKL's or oneDNN's matmul: the best of `repeats`, as tenants only slow it down."""
+    bandwidth = ReadBandwidth()
+    read = bandwidth.num_bytes / _best(lambda: bandwidth.read(num_threads), repeats)
     a, b = torch.randn(MATMUL_SIZE, MATMUL_SIZE), torch.randn(MATMUL_SIZE, MATMUL_SIZE)
     with torch.inference_mode():
-        read = READ_BYTES / _best(lambda: data.sum(), repeats)
         products: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
         if can_pack():
             blocked = PackedLinear(b, None)

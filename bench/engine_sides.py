@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from typing_extensions import override
 
 from kvwise.core.config import EngineConfig
 from kvwise.core.params import SamplingParams
@@ -92,6 +93,7 @@ class Kvwise(Side):
         self._prompts: Prompts = []
         self.engine: Engine | None = None
 
+    @override
     def open(self, num_requests: int, longest: int) -> None:
         size = 16
         loaded = self._loaded
@@ -111,13 +113,16 @@ class Kvwise(Side):
             ),
         )
 
+    @override
     def cold(self, prompts: Prompts, num_new: int) -> Run:
         self._prompts = prompts
         return self._run(prompts, num_new)
 
+    @override
     def warm(self, num_new: int) -> Run:
         return self._run(self._prompts, num_new)
 
+    @override
     def with_prefix(self, prefix: Sequence[int], tails: Prompts) -> list[Run]:
         self._run([prefix], 1)
         return [self._run([[*prefix, *tail]], 1) for tail in tails]
@@ -138,6 +143,7 @@ class Kvwise(Side):
             [[t - begin for t in done[i].metrics.token_times] for i in ids],
         )
 
+    @override
     def close(self) -> None:
         if self.engine is not None:
             self.engine.close()
@@ -166,19 +172,23 @@ class Generate(Side):
         self._prompts = torch.empty(0, 0, dtype=torch.int64)
         self._longest = 0
 
+    @override
     def open(self, num_requests: int, longest: int) -> None:
         self._longest = longest
 
+    @override
     def cold(self, prompts: Prompts, num_new: int) -> Run:
         self._prompts = torch.tensor([list(p) for p in prompts])
         self._cache = None
         self._cache = self._new_cache()
         return self._run(self._prompts, num_new)
 
+    @override
     def warm(self, num_new: int) -> Run:
         self._rewind(self._prompts.shape[1] - 1)
         return self._run(self._prompts, num_new)
 
+    @override
     def with_prefix(self, prefix: Sequence[int], tails: Prompts) -> list[Run]:
         """The cache is cut back to the prefix after each run, outside the time: nothing is copied."""
         self._cache = self._new_cache()
@@ -215,6 +225,7 @@ class Generate(Side):
         times = [t - begin for t in clock.times]
         return Run(out[:, prompts.shape[1] :].tolist(), [times] * prompts.shape[0])
 
+    @override
     def close(self) -> None:
         self._cache = None
 
@@ -231,17 +242,21 @@ class ContinuousBatching(Side):
         self._longest = 0
         self._num_requests = 0
 
+    @override
     def open(self, num_requests: int, longest: int) -> None:
         self._num_requests, self._longest = num_requests, longest
         self._model.set_attn_implementation("sdpa")
 
+    @override
     def cold(self, prompts: Prompts, num_new: int) -> Run:
         self._prompts = prompts
         return self._run(prompts, num_new)
 
+    @override
     def warm(self, num_new: int) -> Run:
         return self._run(self._prompts, num_new)
 
+    @override
     def with_prefix(self, prefix: Sequence[int], tails: Prompts) -> list[Run]:
         self._run([prefix], 1)
         return [self._run([[*prefix, *tail]], 1) for tail in tails]
@@ -276,10 +291,9 @@ class ContinuousBatching(Side):
             raise RuntimeError(f"generate_batch answered {len(results)} of {len(prompts)} requests, {short[:1]}")
         # Times count from the first request's creation: starting the manager's thread is left out.
         begin = min(r.created_time for r in results)
-        return Run(
-            [r.generated_tokens for r in results], [[t - begin for t in r.timestamps or []] for r in results]
-        )
+        return Run([r.generated_tokens for r in results], [[t - begin for t in r.timestamps or []] for r in results])
 
+    @override
     def close(self) -> None:
         self._model.destroy_cached_continuous_batching_manager()
 

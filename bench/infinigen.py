@@ -1,15 +1,14 @@
 """InfiniGen's share fetched and recall: what part of the host's KV it reads, and how much of the best it finds.
 
-Run `python bench/infinigen.py`. *share* is tokens fetched over tokens that could have been, per layer and head. *recall*
-is how many of the tokens that the true query scores highest, as many as were fetched, were among those fetched (the
-engine's `audit`); picking at random would give the share. *agreement* is the share of greedy tokens before the first
-difference from the full cache. Random weights: a trained model concentrates its attention more.
+Run `python bench/infinigen.py`. *share* is tokens fetched over tokens that could have been, per layer and head.
+*recall* is how many of the tokens that the true query scores highest, as many as were fetched, were among those
+fetched (the engine's `audit`); picking at random would give the share. *agreement* is the share of greedy tokens
+before the first difference from the full cache. Random weights: a trained model concentrates its attention more.
 """
 
 import argparse
-import json
 import sys
-from datetime import UTC, datetime
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from kvwise.engine.engine import Engine
 from kvwise.methods.catalogue import parse
 from kvwise.models.load import load_model
 from kvwise.models.loaded import LoadedModel
+from machine import write_results
 
 
 def run(loaded: LoadedModel, strategy: str, prompts: list[list[int]], num_new: int) -> list[RequestOutput]:
@@ -81,10 +81,8 @@ def main() -> int:
                 print(f"{name:14}{context:8}  {strategy:24}" + "".join(f"{row[k]:>{w}.1%}" for k, w in
                       (("share", 8), ("recall", 8), ("agreement", 11))), flush=True)  # fmt: skip
                 found.append({"model": name, "context": context, "strategy": strategy, **row})
-    date = datetime.now(UTC).date().isoformat()
-    path = args.json or Path(__file__).parent / "results" / f"infinigen-{date}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"date": date, "seed": args.seed, "rows": found}, indent=1) + "\n")
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    write_results(args.json or Path(__file__).parent / "results" / f"infinigen-{date}.json", found, seed=args.seed)
     return 0
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_sides import Prompts, Run, Side
 from transformers import PreTrainedModel
+from typing_extensions import override
+
+from engine_sides import Prompts, Run, Side
 
 WORKER = Path(__file__).with_name("openvino_worker.py")
 
@@ -16,9 +18,7 @@ WORKER = Path(__file__).with_name("openvino_worker.py")
 class OpenVino(Side):
     """Continuous batching with prefix caching; the same weights in fp32, KV in `kv_precision`."""
 
-    def __init__(
-        self, python: str, model: PreTrainedModel, kv_precision: str, threads: int, max_batched: int
-    ) -> None:
+    def __init__(self, python: str, model: PreTrainedModel, kv_precision: str, threads: int, max_batched: int) -> None:
         self.name = f"OpenVINO {kv_precision} KV"
         self._command = [python, str(WORKER)]
         self._arguments = [kv_precision, str(threads)]
@@ -27,6 +27,7 @@ class OpenVino(Side):
         self._process: subprocess.Popen[str] | None = None
         self._prompts: Prompts = []
 
+    @override
     def open(self, num_requests: int, longest: int) -> None:
         folder = Path(tempfile.gettempdir()) / "kvwise-bench-openvino"
         if not (folder / "config.json").exists():
@@ -40,13 +41,16 @@ class OpenVino(Side):
             do="open", num_requests=num_requests, num_tokens=num_requests * longest, max_batched=self._max_batched
         )
 
+    @override
     def cold(self, prompts: Prompts, num_new: int) -> Run:
         self._prompts = prompts
         return self._run(prompts, num_new)
 
+    @override
     def warm(self, num_new: int) -> Run:
         return self._run(self._prompts, num_new)
 
+    @override
     def with_prefix(self, prefix: Sequence[int], tails: Prompts) -> list[Run]:
         self._run([prefix], 1)
         return [self._run([[*prefix, *tail]], 1) for tail in tails]
@@ -71,6 +75,7 @@ class OpenVino(Side):
             raise RuntimeError(answer["error"])
         return answer
 
+    @override
     def close(self) -> None:
         if self._process is not None:
             self._process.communicate()

@@ -29,7 +29,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([*GENERATE, "--strategy", "h2o(bugdet=0.5)"], ["no option 'bugdet'", "budget, recent"]),
         ([*GENERATE, "--strategy", "h2o+prefix"], ["h2o and prefix cannot work together", "every prompt row"]),
         ([*GENERATE, "--strategy", "h2o+streaming"], ["both answer 'retention'"]),
-        ([*GENERATE, "--kv-cache-memory-bytes", "1MiB", "--max-tokens", "9000"], ["9006 tokens", "kv_cache_memory_bytes"]),
+        (
+            [*GENERATE, "--kv-cache-memory-bytes", "1MiB", "--max-tokens", "9000"],
+            ["9006 tokens", "kv_cache_memory_bytes"],
+        ),
         ([*GENERATE, "--kv-cache-memory-bytes", "1KiB"], ["less than one block"]),
         ([*GENERATE, "--kv-cache-memory-bytes", "lots"], ["'lots' is no size", "512MiB"]),
         ([*GENERATE, "--link", "host:device=fast"], ["'host:device=fast' is no link", "12GB/s"]),

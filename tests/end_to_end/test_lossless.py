@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.engine.plain import Plain
-from tests.engine.runs import greedy, prompts, require_empty, run
 
 from kvwise.core.params import SamplingParams
 from kvwise.models.support import ARCHITECTURES
+from tests.engine.plain import Plain
+from tests.engine.runs import greedy, prompts, require_empty, run
 
 Serve = Callable[..., Any]
 Reference = Callable[[str], Plain]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 from torch import Tensor
 
 from kvwise.core.errors import CapacityError, UsageError
@@ -19,6 +18,7 @@ from kvwise.methods.retention.h2o import H2O
 from kvwise.methods.selection.infinigen import InfiniGenIndex
 from kvwise.models.load import load_model
 from kvwise.tiers.link import Link
+from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 Serve = Callable[..., Any]
 # Of these, answers do not depend on what is cached ("infinigen+prefix" sees the queries of computed rows only).

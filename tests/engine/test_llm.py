@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.engine.runs import require_empty
 
 from kvwise import LLM, SamplingParams, UsageError, parse
 from kvwise.core.output import FinishReason
+from tests.engine.runs import require_empty
 
 Load = Callable[[str], Any]
 
@@ -107,3 +107,23 @@ def test_the_public_names_are_all_there() -> None:
     assert set(kvwise.__all__) < set(dir(kvwise))
     with pytest.raises(AttributeError, match="no attribute 'Foo'"):
         _ = kvwise.Foo
+
+
+def test_streams_side_by_side_each_get_their_own(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    alone = [llm.generate(text, params)[0].token_ids for text in ("first", "second one")]
+    streams = [llm.stream(text, params) for text in ("first", "second one")]
+    pieces: list[list[int]] = [[], []]
+    for outputs in zip(*streams, strict=True):
+        for piece, output in zip(pieces, outputs, strict=True):
+            piece += output.new_token_ids
+    assert pieces == alone
+
+
+def test_a_blocked_request_does_not_inflate_the_hit_rate(load: Load) -> None:
+    with LLM(load("3m"), kv_cache_memory_bytes=40 * 49152, check=True) as llm:
+        params = SamplingParams(max_tokens=16, ignore_eos=True)
+        prompts = [[i, *range(300)] for i in range(4)]
+        llm.generate(prompts, params)
+        assert llm.engine.stats().num_preemptions == 0
+        assert llm.engine.stats().prefix_queries == sum(map(len, prompts))

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.runs import finish, greedy, prompts, require_empty, run
 from torch import Tensor
 
 from kvwise.core.output import FinishReason
 from kvwise.core.params import SamplingParams
 from kvwise.models.text import EOS
+from tests.engine.runs import finish, greedy, prompts, require_empty, run
 
 Serve = Callable[..., Any]
 ALWAYS_EOS = {EOS: 1000.0}

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 from kvwise.core.clock import VirtualClock
 from kvwise.core.output import FinishReason
 from kvwise.engine.engine import Engine
 from kvwise.engine.sequence import Phase
+from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 Serve = Callable[..., Any]
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from tests.kernels.cases import Case, Problem, dense, make
 from torch import Tensor
 
 from kvwise.core.errors import UsageError
 from kvwise.kernels import Kernels, Segment, available_kernels, kernels_for
+from tests.kernels.cases import Case, Problem, dense, make
 
 CPU = torch.device("cpu")
 NATIVE = [name for name in available_kernels(CPU) if name != "reference"]

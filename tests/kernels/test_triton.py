@@ -11,10 +11,9 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed (pip install kvwise[triton])", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read by triton when the kernels are defined
 
+from kvwise.kernels import Kernels, kernels_for
 from tests.kernels.cases import Case, make
 from tests.kernels.test_attend import SMALL, assert_same, attend
-
-from kvwise.kernels import Kernels, kernels_for
 
 CPU = torch.device("cpu")
 

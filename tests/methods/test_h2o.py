@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
-from tests.methods.h2o_reference import PlainH2O
 from torch import Tensor
 
 from kvwise.engine.engine import Engine
@@ -16,6 +14,8 @@ from kvwise.methods.retention.base import DecodeView, PromptView
 from kvwise.methods.retention.h2o import H2O
 from kvwise.models import random
 from kvwise.models.support import tiny_config
+from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
+from tests.methods.h2o_reference import PlainH2O
 
 Serve = Callable[..., Any]
 Load = Callable[[str], Any]

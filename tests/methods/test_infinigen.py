@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 from torch import Tensor
 
 from kvwise.core.errors import UnsupportedModel
@@ -18,6 +17,7 @@ from kvwise.engine.placement.recall_part import RecallPart
 from kvwise.methods.selection.base import IndexShape, near
 from kvwise.methods.selection.infinigen import InfiniGen, InfiniGenIndex, skew
 from kvwise.models.hook import forward
+from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 Serve = Callable[..., Any]
 Load = Callable[[str], Any]

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 from torch import Tensor
 
 from kvwise.engine.engine import Engine
 from kvwise.engine.sequence import Phase
 from kvwise.methods.retention.base import DecodeView, PromptView
 from kvwise.methods.retention.streaming import Streaming
+from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 
 Serve = Callable[..., Any]
 

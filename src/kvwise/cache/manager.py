@@ -101,15 +101,32 @@ class CacheManager:
         What the row publishes expires at `expires_at` (seconds on the clock; None: never). Raises
         CapacityError if all rows are taken, InvariantError if a matched block has left since the match.
         """
+        row = self._open(match, keys, expires_at)
+        self._count(match, num_tokens)
+        return row
+
+    def admit_with_room(
+        self, match: Match, keys: PrefixKeys, num_tokens: int, *, expires_at: float | None = None
+    ) -> int | None:
+        """As `admit`, with room for all `num_tokens` tokens; None, and nothing held or counted, if there is none."""
+        row = self._open(match, keys, expires_at)
+        if not self.reserve(row, num_tokens):
+            self.release(row)
+            return None
+        self._count(match, num_tokens)
+        return row
+
+    def _open(self, match: Match, keys: PrefixKeys, expires_at: float | None) -> int:
         if not stands(self._store, match, keys):
             raise InvariantError("a matched block left between match and admit: match again right before admit")
         expiry = np.inf if expires_at is None else expires_at
-        row = self._sequences.open(match, keys, publishing=self.sharing, expires_at=expiry)
+        return self._sequences.open(match, keys, publishing=self.sharing, expires_at=expiry)
+
+    def _count(self, match: Match, num_tokens: int) -> None:
         if self.sharing:
             self.num_prefix_queries += num_tokens
             self.num_prefix_hits += match.num_tokens
         self._store.ledger.counts[match.miss.reason] += 1
-        return row
 
     def reserve(self, row: int, num_tokens: int) -> bool:
         """Make room for `num_tokens` tokens in total; False, and nothing changed, if there is none."""

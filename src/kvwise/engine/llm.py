@@ -1,6 +1,7 @@
 """LLM: the offline face. Prompts in, outputs out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvwise.core.config import EngineConfig
@@ -38,6 +39,7 @@ class LLM:
         chosen = parse(strategy) if isinstance(strategy, str) else strategy
         loaded = load_model(model, dtype=dtype, device=config.device) if isinstance(model, str) else model
         self.engine = Engine(loaded, chosen, config)
+        self._boxes: dict[str, deque[RequestOutput]] = {}  # where the outputs of each caller's requests wait
 
     def generate(
         self,
@@ -47,35 +49,49 @@ class LLM:
         """Answer all prompts (text or token ids), batched; outputs in the order of prompts, then of samples."""
         many = _as_list(prompts)
         each = _each(params, len(many))
-        finished: Mapping[tuple[str, int], RequestOutput] = {}
-        ids = []
+        ids: list[str] = []
         try:
             for prompt, one in zip(many, each, strict=True):
                 ids.append(self.engine.add_request(self._tokens(prompt), one))
-            finished = {(o.request_id, o.index): o for o in self._run() if o.finished}
-        except BaseException:
-            for request_id in ids:
-                self.engine.abort(request_id)
-            self.engine.collect()
-            raise
+            outputs = self._outputs(ids, sum(one.n for one in each))
+            finished = {(o.request_id, o.index): o for o in outputs if o.finished}
+        finally:
+            self._abort(ids)
         return [finished[name, i] for name, one in zip(ids, each, strict=True) for i in range(one.n)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Answer one prompt token by token. Closing the iterator aborts the request."""
-        request_id = self.engine.add_request(self._tokens(prompt), params or SamplingParams())
+        """Answer one prompt token by token. Closing the iterator aborts the request; several may run side by side."""
+        chosen = params or SamplingParams()
+        request_id = self.engine.add_request(self._tokens(prompt), chosen)
         try:
-            for output in self._run():
-                if output.request_id == request_id:
-                    yield output
+            yield from self._outputs([request_id], chosen.n)
         finally:
+            self._abort([request_id])
+
+    def _outputs(self, request_ids: list[str], num_ends: int) -> Iterator[RequestOutput]:
+        """Outputs of these requests until `num_ends` samples have ended; what steps tell of others goes to theirs."""
+        box: deque[RequestOutput] = deque()
+        self._boxes.update(dict.fromkeys(request_ids, box))
+        while num_ends:
+            while not box:
+                self._deliver(self.engine.step())
+            output = box.popleft()
+            num_ends -= output.finished
+            yield output
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            if output.request_id in self._boxes:
+                self._boxes[output.request_id].append(output)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._boxes.pop(request_id, None)
             self.engine.abort(request_id)
+        self._deliver(self.engine.collect())
 
     def _tokens(self, prompt: Prompt) -> Sequence[int]:
         return self.engine.loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-
-    def _run(self) -> Iterator[RequestOutput]:
-        while self.engine.has_unfinished():
-            yield from self.engine.step()
 
     def close(self) -> None:
         """Free the engine."""

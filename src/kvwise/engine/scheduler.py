@@ -109,9 +109,8 @@ class Scheduler:
         assert sequence.keys is not None
         if not self._placement.admit(sequence):
             return False
-        row = self._cache.admit(match, sequence.keys, len(sequence.tokens))
-        if not self._cache.reserve(row, len(sequence.tokens)):
-            self._cache.release(row)
+        row = self._cache.admit_with_room(match, sequence.keys, len(sequence.tokens))
+        if row is None:
             self._placement.release(sequence)
             return False
         sequence.row = row

@@ -26,7 +26,8 @@ class InfiniGen(Selection):
 
     With rotary positions the skew is applied after the rotation. The released code ranks columns by |q| alone and
     defaults to a ratio of 0.2. With grouped queries (not in the paper) a token counts as near for a KV head by the
-    query head that wants it most.
+    query head that wants it most. With prefix sharing |q| is summed over the computed rows only, so which columns are
+    chosen depends on how much of the prompt was shared.
     """
 
     budget: float = 0.2
