@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from kvwise.study.cells import Cell, CellKind, expand
@@ -103,4 +102,3 @@ def test_few_sessions_are_open_at_a_time() -> None:
     first = {j.session: j.index for j in reversed(jobs)}
     opened = [sum(first[s] <= i <= last[s] for s in last) for i in range(len(jobs))]
     assert max(opened) == 2
-    assert np.all(np.diff([first[s] for s in sorted(first)]) > 0)

@@ -24,11 +24,12 @@ def available_kernels(device: torch.device) -> list[str]:
     return [*names, "reference"]
 
 
-def kernels_for(device: torch.device, name: str | None = None) -> Kernels:
+def kernels_for(device: torch.device, name: str | None = None, *, num_threads: int | None = None) -> Kernels:
     """The kernel family called ``name``, or the fastest one for ``device``.
 
     Names: ``reference`` (plain torch, anywhere), ``cpu-avx512``, ``cpu-avx2``, ``cpu-generic`` (native) and
-    ``triton``. Raises UsageError if the named family cannot run here.
+    ``triton``. ``num_threads`` is for the native ones (None: as many as torch uses). Raises UsageError if the named
+    family cannot run here.
     """
     available = available_kernels(device)
     if name is None:
@@ -44,7 +45,7 @@ def kernels_for(device: torch.device, name: str | None = None) -> Kernels:
     if name.startswith("cpu-"):
         from kvwise.kernels.cpu import CpuKernels
 
-        return CpuKernels(name.removeprefix("cpu-"))
+        return CpuKernels(name.removeprefix("cpu-"), num_threads)
     from kvwise.kernels.reference import ReferenceKernels
 
     return ReferenceKernels()

@@ -20,21 +20,29 @@ def instruction_sets() -> list[str]:
 
 
 class CpuKernels:
-    """C++ kernels for one instruction set; float32 sums for every storage dtype. See `kvwise.kernels.base.Kernels`."""
+    """C++ kernels for one instruction set; float32 sums for every storage dtype. See `kvwise.kernels.base.Kernels`.
 
-    def __init__(self, instruction_set: str) -> None:
+    They use `num_threads` threads; None: as many as torch does at the time of the call.
+    """
+
+    def __init__(self, instruction_set: str, num_threads: int | None = None) -> None:
         if instruction_set not in _native.instruction_sets():
             raise UsageError(
                 f"instruction set {instruction_set!r} cannot run on this CPU; "
                 f"available: {', '.join(_native.instruction_sets())}"
             )
         self._instruction_set = instruction_set
+        self._num_threads = num_threads
         self._workspace = _native.Workspace()
 
     @property
     def name(self) -> str:
         """`cpu-` and the instruction set."""
         return f"cpu-{self._instruction_set}"
+
+    @property
+    def _threads(self) -> int:
+        return self._num_threads or torch.get_num_threads()
 
     def attend(
         self,
@@ -87,7 +95,7 @@ class CpuKernels:
                 scale,
                 0 if window is None else window,
                 0.0 if softcap is None else softcap,
-                torch.get_num_threads(),
+                self._threads,
             )
         return Attention(out.to(queries.dtype), lse if want_lse else None)
 
@@ -138,7 +146,7 @@ class CpuKernels:
                 arena.shape[1],
                 page_stride,
                 page_offset,
-                torch.get_num_threads(),
+                self._threads,
             )
 
     def gather(self, arena: Tensor, slots: Tensor, out: Tensor | None = None) -> Tensor:
@@ -155,7 +163,7 @@ class CpuKernels:
             slots.data_ptr(),
             len(slots),
             out.data_ptr(),
-            torch.get_num_threads(),
+            self._threads,
         )
         return out
 
@@ -164,8 +172,7 @@ class CpuKernels:
         if rows.shape != (slots.shape[0], *arena.shape[2:]):
             raise UsageError(f"rows {tuple(rows.shape)} do not fit {len(slots)} slots of arena {tuple(arena.shape)}")
         rows, slots = rows.to(arena.dtype).contiguous(), _longs(slots)
-        threads = torch.get_num_threads()
-        _call(_native.scatter, rows.data_ptr(), *_rows(arena), slots.data_ptr(), len(slots), threads)
+        _call(_native.scatter, rows.data_ptr(), *_rows(arena), slots.data_ptr(), len(slots), self._threads)
 
     def move_slots(self, arena: Tensor, source: Tensor, target: Tensor) -> None:
         """See `Kernels.move_slots`."""
@@ -194,7 +201,7 @@ class CpuKernels:
             target_pages.data_ptr(),
             source_arena[0].numel() * source_arena.element_size(),
             len(source_pages),
-            torch.get_num_threads(),
+            self._threads,
         )
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:

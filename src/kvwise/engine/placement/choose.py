@@ -117,7 +117,8 @@ def _recall(
         host_cache=_manager(loaded, config, layout, num_blocks, clock, dtype, sharing=False),
         host=Arena(layout, num_blocks, dtype, cpu),
         kernels=kernels,
-        host_kernels=kernels_for(cpu, config.kernels if loaded.device == cpu else None),
+        # Transfers run beside the computation: they must not ask for the threads it uses.
+        host_kernels=kernels_for(cpu, config.kernels if loaded.device == cpu else None, num_threads=1),
         fetch_link=Link("host:device", config.links.get("host:device")),
         store_link=Link("device:host", config.links.get("device:host")),
         scales=[layer.scale for layer in loaded.layers],

@@ -64,6 +64,7 @@ class RecallPlacement:
         self.host = host
         self.kernels = kernels
         self.host_kernels = host_kernels
+        self._staging_kernels = host_kernels if arena.keys.device.type == "cpu" else kernels
         self.scales = scales  # factor on the dot products of each layer
         self.audit = audit
         self._cache = cache
@@ -249,7 +250,7 @@ class RecallPlacement:
             staging.resize(*shape)
             for host, device in ((self.host.keys, staging.keys), (self.host.values, staging.values)):
                 rows = self.host_kernels.gather(host, slots)
-                self.kernels.scatter(rows.to(device.device), device, target)
+                self._staging_kernels.scatter(rows.to(device.device), device, target)
             return staging
 
         return self._fetch_link.begin(transfer, num_bytes)
