@@ -1,8 +1,11 @@
 """Fixtures for tests that serve: each model is built once a session, and every engine is closed."""
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports the hub: no test may reach the network
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch may do at any time
 
 from collections.abc import Callable, Iterator
 from functools import cache

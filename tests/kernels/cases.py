@@ -1,7 +1,7 @@
 """Random paged attention problems, and a dense softmax that knows nothing of pages."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,23 @@ class Problem:
             "mass_rows": self.mass_rows,
             "want_lse": True,
         }
+
+    def to(self, device: torch.device) -> "Problem":
+        """The same problem in another memory."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        given = {f.name: getattr(self.segment, f.name) for f in fields(self.segment)}
+        segment = Segment(**{name: move(v) if isinstance(v, Tensor) else v for name, v in given.items()})
+        return Problem(
+            self.case,
+            self.queries.to(device),
+            self.query_start.to(device),
+            segment,
+            move(self.query_positions),
+            move(self.mass_rows),
+        )
 
 
 def make(case: Case) -> Problem:

@@ -127,11 +127,13 @@ class FakeEngine:
             if request.computed < len(output.prompt_token_ids):
                 continue
             step = len(output.token_ids)
-            logits = self.logits(output.prompt_token_ids, step)
+            likely = (len(output.prompt_token_ids) + step) % VOCAB
             if request.observe is not None:
+                logits = self.logits(output.prompt_token_ids, step)
+                likely = int(logits.argmax())
                 request.observe(step, logits)
             forced = request.params.forced_tokens
-            output.token_ids.append(int(logits.argmax()) if forced is None else forced[step])
+            output.token_ids.append(likely if forced is None else forced[step])
             output.new_token_ids.append(output.token_ids[-1])
             output.metrics.token_times.append(now)
             output.metrics.first_token = output.metrics.token_times[0]

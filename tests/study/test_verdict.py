@@ -59,10 +59,10 @@ def test_overlapping_intervals_tie_and_the_next_measure_decides() -> None:
 def test_small_differences_tie_however_narrow_the_intervals() -> None:
     decision = decide([figures(FULL, point(5)), figures(H2O, point(5.1), agree=0.5)], plan(tie_margin=0.05))
     assert decision.winner is None
-    assert [f.who for f in decision.tied] == [FULL, H2O]
+    assert [f.who for f in decision.tied] == [H2O, FULL]
     assert decision.pick is not None
     assert decision.pick.who == FULL
-    assert words.outcome(decision) == "tie: full, h2o 50%"
+    assert words.outcome(decision) == "tie: h2o 50%, full"
 
 
 def test_one_repeat_needs_twice_the_margin() -> None:

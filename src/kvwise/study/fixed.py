@@ -32,7 +32,7 @@ def _traffic(block: Any) -> str:
     workload = {k: v for k, v in block.workload.model_dump(exclude_none=True).items() if k != "kind"}
     law = "Poisson" if load.burstiness == 1 else f"Gamma, burstiness {load.burstiness:g}"
     return (
-        f"{block.workload.kind}: {_given(workload)}; arrivals {law}; {load.min_requests} to {load.max_requests} "
+        f"{block.workload.kind}: {_given(workload)}; arrivals {law}; {load.fewest} to {load.max_requests} "
         f"requests in about {load.duration_s:g} s, cut at {load.time_limit_s:g} s; {block.repeats} repeats"
     )
 

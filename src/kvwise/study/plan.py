@@ -90,17 +90,23 @@ Workload = Annotated[Chat | Document | Random | Pairs | TraceFile, Field(discrim
 class Load(Strict):
     """How many requests a cell sends and how they arrive.
 
-    At a finite rate the number is `rate * duration_s`, kept between `min_requests` and `max_requests`; at rate "inf"
-    it is `max_requests`. `burstiness` is the shape of the Gamma law of the gaps: 1 is Poisson, below 1 is burstier.
+    At a finite rate the number is `rate * duration_s`, kept between `min_requests` (8, or `max_requests` if that is
+    fewer) and `max_requests`; at rate "inf" it is `max_requests`. `burstiness` is the shape of the Gamma law of the
+    gaps: 1 is Poisson, below 1 is burstier.
     """
 
     duration_s: float = Field(default=3.0, gt=0)
-    min_requests: int = Field(default=8, ge=1)
+    min_requests: int | None = Field(default=None, ge=1)
     max_requests: int = Field(default=64, ge=1)
     burstiness: float = Field(default=1.0, gt=0)
     time_limit_s: float = Field(default=10.0, gt=0)
     warmup_requests: int = Field(default=1, ge=0)
     sample_every_s: float = Field(default=0.02, gt=0)
+
+    @property
+    def fewest(self) -> int:
+        """The least number of requests of a cell."""
+        return min(8, self.max_requests) if self.min_requests is None else self.min_requests
 
 
 class Block(Strict):
@@ -266,7 +272,7 @@ def _check_block(block: Block) -> None:
         raise PlanError('request rate "trace" needs a workload of kind "trace"')
     for memory in block.memory:
         parse_memory(memory)
-    if block.load.min_requests > block.load.max_requests:
+    if block.load.fewest > block.load.max_requests:
         raise PlanError(f"load.min_requests={block.load.min_requests} is above max_requests={block.load.max_requests}")
 
 

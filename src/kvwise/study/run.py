@@ -80,7 +80,12 @@ def run_study(
             for cell, _ in progress.failed:
                 folder.forget(cell)
             progress = folder.progress(cells)
-        _run_all(plan, folder, list(progress.left), len(cells), CellRunner(plan, bench), watcher, provenance)
+        # Models and libraries stay for good: looking through them again would stall a cell for tenths of a second.
+        gc.freeze()
+        try:
+            _run_all(plan, folder, list(progress.left), len(cells), CellRunner(plan, bench), watcher, provenance)
+        finally:
+            gc.unfreeze()
         return folder.progress(cells)
 
 
@@ -141,9 +146,9 @@ def _run_one(folder: StudyFolder, cell: Cell, runner: CellRunner) -> CellResult:
         folder.give_up(cell)
         raise
     except Exception as error:
-        return failed(cell, reason_of(error), runner.clock.now() - began)
-    finally:
-        gc.collect()  # an engine's pool is large: it must be gone before the next cell makes its own
+        result = failed(cell, reason_of(error), runner.clock.now() - began)
+    gc.collect()  # what failed may hold a pool in a cycle of references: it must be gone before the next cell
+    return result
 
 
 def reason_of(error: BaseException) -> str:

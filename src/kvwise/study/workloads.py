@@ -56,7 +56,7 @@ def num_requests(rate: float | None, load: Load) -> int:
     """How many requests a cell sends."""
     if rate is None or math.isinf(rate):
         return load.max_requests
-    return min(max(round(rate * load.duration_s), load.min_requests), load.max_requests)
+    return min(max(round(rate * load.duration_s), load.fewest), load.max_requests)
 
 
 def traffic_seed(cell: Cell, seed: int) -> int:
