@@ -48,5 +48,6 @@ def test_axes_turn_into_plain_values() -> None:
 
 def test_the_framework_is_the_strategy_without_its_budget() -> None:
     assert framework_of("h2o(budget={budget})") == "h2o"
+    assert framework_of("h2o(budget=0.25)") == "h2o"
     assert framework_of("h2o(budget={budget}, recent=0.3)+x") == "h2o(recent=0.3)+x"
     assert framework_of("infinigen(alpha=4, budget={budget})") == "infinigen(alpha=4)"

@@ -23,7 +23,7 @@ def test_the_default_plan_varies_every_axis_and_survives_a_round_trip() -> None:
     plan = default_plan()
     assert read_plan_text(to_toml(plan), "again") == plan
     main = plan.block[0]
-    assert (len(main.strategies), len(main.request_rates), len(main.models), len(main.budgets)) == (3, 3, 2, 3)
+    assert (len(main.strategies), len(main.request_rates), len(main.models), len(main.budgets)) == (4, 3, 2, 3)
     for axis in ("strategies", "request_rates", "concurrency", "models", "budgets", "context_lengths", "memory"):
         assert max(len(getattr(block, axis)) for block in plan.block) >= 2, axis
     assert main.repeats >= 2

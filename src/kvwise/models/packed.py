@@ -57,10 +57,13 @@ def pack(model: nn.Module) -> int:
 
 
 def can_pack() -> bool:
-    """Whether this build of torch has the operators (inductor's own; not a documented interface)."""
-    return torch.backends.mkldnn.is_available() and all(  # type: ignore[no-untyped-call]
-        hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
-    )
+    """Whether this build of torch has the operators (inductor's own, not a documented interface) and they work here."""
+    weight, rows = torch.eye(16), torch.arange(32.0).view(2, 16)
+    try:
+        with torch.inference_mode():
+            return bool(torch.equal(PackedLinear(weight, None)(rows), rows))
+    except (AttributeError, RuntimeError):  # another torch, or another processor
+        return False
 
 
 def _uses(model: nn.Module) -> dict[int, int]:

@@ -55,7 +55,9 @@ class Cell:
             return f"KV cache on/off, {self.model}"
         if self.kind is CellKind.QUALITY:
             return f"agreement, {self.label}, {self.model}, context {self.context}"
-        return f"{self.label}, {self.model}, {self.load_text()}, context {self.context}, repeat {self.repeat + 1}"
+        context = f", context {self.context}" if self.context else ""
+        memory = "" if self.memory == "auto" else f", {self.memory}"
+        return f"{self.label}, {self.model}, {self.load_text()}{context}{memory}, repeat {self.repeat + 1}"
 
     def load_text(self) -> str:
         """The load as shown, such as `8 req/s` or `4 at a time`."""
@@ -73,8 +75,8 @@ def label(framework: str, budget: float | None) -> str:
 
 
 def framework_of(text: str) -> str:
-    """The strategy text without its budget: `h2o(budget={budget})` is `h2o`."""
-    bare = re.sub(r"\bbudget=\{budget\}\s*,?\s*", "", text)
+    """The strategy text without its budget: `h2o(budget={budget})` and `h2o(budget=0.2)` are `h2o`."""
+    bare = re.sub(r"\bbudget=(\{budget\}|[0-9.]+)\s*,?\s*", "", text)
     return re.sub(r",?\s*\)", ")", bare).replace("()", "").replace("{budget}", "B").strip()
 
 
@@ -175,7 +177,7 @@ def _filled(block: Block) -> Iterator[tuple[str, str, float | None]]:
                 f"block {block.name!r}: strategy {template!r}: only {{budget}} can be filled in, not {unknown}"
             )
         if "{budget}" not in template:
-            yield template, template, _own_budget(template)
+            yield template, framework_of(template), _own_budget(template)
             continue
         if not block.budgets:
             raise PlanError(f"block {block.name!r}: strategy {template!r} needs budgets; add `budgets = [0.2]`")

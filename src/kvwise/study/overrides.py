@@ -65,7 +65,6 @@ class Overrides:
     def _change_block(self, block: dict[str, Any]) -> None:
         if self.trace is not None:
             block["workload"] = {"kind": "trace", "file": self.trace}
-            block["quality"] = False
             if not self.request_rate:
                 block["request_rates"] = ["trace"]
         self._change_trace(block)

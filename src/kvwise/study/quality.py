@@ -91,6 +91,7 @@ def _run(
 def _recorder(rows: dict[int, np.ndarray]) -> Callable[[int, Any], None]:
     def observe(step: int, logits: Any) -> None:
         # A copy: the engine may reuse the row. After a preemption a step can come twice, and is then the same.
-        rows[step] = np.array(logits, dtype=np.float32, copy=True)
+        on_host = logits.cpu() if hasattr(logits, "cpu") else logits
+        rows[step] = np.asarray(on_host, dtype=np.float32).copy()
 
     return observe

@@ -158,6 +158,8 @@ def summarize(study: Study) -> None:
     """Fill in `figures` and `agreements` from the rows."""
     study.agreements = _agreements(study)
     known = {(a.model, a.context, a.who.strategy): a for a in study.agreements}
+    # A trace brings its own lengths (context 0): the agreement at the first context length stands for it.
+    known |= {(a.model, 0, a.who.strategy): a for a in reversed(study.agreements)}
     requests = _by_cell(study.requests)
     groups: dict[tuple[Condition, Who], list[Row]] = defaultdict(list)
     for row in study.cells:

@@ -133,12 +133,17 @@ def crossovers(decisions: Sequence[Decision]) -> list[Crossover]:
 
 
 def _differ(before: Decision, after: Decision) -> bool:
-    """Whether the winner changes: a clear one on at least one side, who does not win, or tie for it, on the other."""
+    """Whether another strategy is to be run: a clear winner of one side loses on the other.
+
+    So is one that only ties there with a strategy nearer to the full cache: nothing pays for the distance any more.
+    """
     for one, other in ((before, after), (after, before)):
-        if one.winner is not None and other.pick is not None:
-            if other.winner is not None:
-                return one.winner.who != other.winner.who
-            return one.winner.who != other.pick.who
+        if one.winner is None or other.pick is None:
+            continue
+        if other.winner is not None:
+            return one.winner.who != other.winner.who
+        in_tie = one.winner.who in {f.who for f in other.tied}
+        return not in_tie or agreement_of(other.pick) > agreement_of(one.winner)
     return False
 
 

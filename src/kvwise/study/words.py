@@ -105,7 +105,8 @@ def advice(given: Recommendation) -> str:
     what = "goodput" if given.measure is Measure.GOODPUT else "throughput"
     agreed = given.figures.agreement
     quality = "" if agreed is None else f", and agrees with the full cache on {share(agreed.value)} of tokens"
-    return f"reaches {share(given.share)} of the best {what} over {given.num_conditions} conditions{quality}"
+    count = f"{given.num_conditions} condition{'s' if given.num_conditions > 1 else ''}"
+    return f"reaches {share(given.share)} of the best {what} over {count}{quality}"
 
 
 def frugal(given: Frugal) -> str:
