@@ -88,7 +88,7 @@ def test_the_verdict_comes_first_and_every_section_follows(page: str) -> None:
 
 
 def test_every_chart_is_drawn_once_here_and_once_as_png(page: str, reported: Path) -> None:
-    drawn = json.loads(re.search(r'id="charts">(.*?)</script>', page, re.S)[1])
+    drawn = json.loads(re.search(r'id="charts">(.*?)</', page, re.S)[1])
     places = re.findall(r'class="plot" id="([^"]+)"', page)
     assert sorted(places) == sorted(drawn)
     assert {p.stem for p in (reported / "figures").glob("*.png")} == set(drawn)

@@ -101,7 +101,7 @@ def test_a_crossover_is_where_the_winner_changes() -> None:
     decisions = [decide(at(*given), plan()) for given in ((4, 4, 2), (16, 8, 12), (8, 7, 3))]
     (found,) = crossovers(decisions)
     assert (found.axis, found.before.condition.rate, found.after.condition.rate) == ("rate", 8, 16)
-    assert "full at 8 req/s, context 128, then h2o 50% at 16 req/s" in words.crossover(found)
+    assert "block main, along the request rate: full at 8 req/s, then h2o 50% at 16 req/s" in words.crossover(found)
 
 
 def test_a_winner_that_then_only_ties_is_a_crossover_too() -> None:

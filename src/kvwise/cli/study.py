@@ -84,7 +84,9 @@ def study(
 
         folder = Path(DEFAULT_OUTPUT) if output is None else output
         _run(default_plan(), folder, as_json=as_json, overwrite_own=overwrite_own, retry_failed=False)
-    elif output is not None or as_json or overwrite_own:
+        return
+    given = [context.get_parameter_source(option) for option in ("output", "as_json", "overwrite_own")]
+    if any(source is not None and source.name == "COMMANDLINE" for source in given):
         name = context.invoked_subcommand
         raise UsageError(f"options go behind the command: kvwise study {name} ... (see kvwise study {name} --help)")
 

@@ -182,7 +182,8 @@ def _rule_text(study: Study) -> str:
     good = f" Good requests meet {escape(levels)}." if levels else ""
     return (
         f'<p class="soft small">Decided by {order}; what overlaps in its 95 % bootstrap interval, or differs by less '
-        f"than {words.share(plan.tie_margin)}, ties and the next measure decides.{good}{floor}</p>"
+        f"than {words.share(plan.tie_margin)} (twice that where there is one repeat only), ties, and the next measure "
+        f"decides.{good}{floor}</p>"
     )
 
 

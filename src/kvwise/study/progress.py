@@ -62,6 +62,7 @@ class BarWatcher:
             TextColumn("[dim]{task.description}"),
             console=console,
             transient=True,
+            auto_refresh=False,  # a thread that redraws would take time from what is being measured
         )
         self._task: TaskID | None = None
 
@@ -73,14 +74,14 @@ class BarWatcher:
     def began(self, cell: Cell) -> None:
         """Show which cell runs."""
         if self._task is not None:
-            self._bar.update(self._task, description=escape(cell.describe()))
+            self._bar.update(self._task, description=escape(cell.describe()), refresh=True)
 
     def ended(self, result: CellResult, left_s: float) -> None:
         """Move on."""
         if result.status is Status.FAILED:
             self._console.print(f"[red]failed[/] {escape(result.cell.describe())}: {escape(result.reason or '')}")
         if self._task is not None:
-            self._bar.update(self._task, advance=1, left=clock_time(left_s))
+            self._bar.update(self._task, advance=1, left=clock_time(left_s), refresh=True)
 
     def stopped(self, left: int) -> None:
         """Say that the time limit was reached."""

@@ -86,9 +86,15 @@ def crossover(found: Crossover) -> str:
     for decision in (found.before, found.after):
         tied = ", ".join(f.who.label for f in decision.tied)
         name = f"a tie of {tied}" if decision.winner is None else decision.winner.who.label
-        sides.append(f"{name} at {condition(decision.condition)}")
+        sides.append(f"{name} at {_place(found.axis, decision.condition)}")
     given = found.before.condition
-    return f"{given.model}, along {AXIS_WORDS[found.axis]}: {sides[0]}, then {sides[1]}"
+    return f"{given.model}, block {given.block}, along {AXIS_WORDS[found.axis]}: {sides[0]}, then {sides[1]}"
+
+
+def _place(axis: str, given: Condition) -> str:
+    if axis == "memory":
+        return given.memory
+    return f"{given.context} tokens" if axis == "context" else given.load_text()
 
 
 def budget_crossover(found: BudgetCrossover) -> str:
