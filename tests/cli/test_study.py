@@ -122,6 +122,7 @@ def test_a_study_of_another_plan_is_refused(folder: Path, capsys: pytest.Capture
         (["study", "run", "nowhere.toml"], "nowhere.toml is no file"),
         (["study", "run", "--request-rate", "fast"], "'fast' must be a number"),
         (["study", "run", "--budget", "1.5"], "budget=1.5"),
+        (["study", "run", "--link", "host:moon=1GB/s"], "no link is called 'host:moon'"),
         (["study", "run", "--trace", "nowhere.jsonl"], "nowhere.jsonl is no file"),
         (["study", "--json", "status", "x"], "options go behind the command"),
         (["study", "nonsense"], "nonsense"),

@@ -134,7 +134,8 @@ class Study:
     def links(self) -> dict[str, str]:
         """Throttled links with their label."""
         told = {name: text for row in self.cells for name, text in (row["links"] or {}).items()}
-        return {name: told.get(name, f"{speed} (throttled)") for name, speed in self.plan.links.items()}
+        labels = {name: told.get(name, f"{speed} (throttled)") for name, speed in self.plan.links.items()}
+        return {name: text.removeprefix(name).strip() for name, text in labels.items()}
 
 
 def load_study(folder: StudyFolder, plan: Plan, num_left: int = 0) -> Study:

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from kvwise.core.clock import Clock, MonotonicClock
 from kvwise.core.config import EngineConfig, parse_bytes
-from kvwise.core.errors import RequestError
+from kvwise.core.errors import PlanError, RequestError
 from kvwise.core.method import Axis
 from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.engine.engine import Engine
+from kvwise.engine.placement.choose import LINKS
 from kvwise.engine.sizing import kv_dtype
 from kvwise.methods.catalogue import parse
 from kvwise.models.load import load_model
@@ -37,6 +38,9 @@ class Workbench:
     """Models and engines for one plan. Loaded models stay loaded while there is room for them."""
 
     def __init__(self, plan: Plan) -> None:
+        unknown = sorted(set(plan.links) - set(LINKS))
+        if unknown:
+            raise PlanError(f"links: no link is called {unknown[0]!r}; links: {', '.join(LINKS)}")
         self.clock: Clock = MonotonicClock()
         self._plan = plan
         self._held: dict[str, LoadedModel] = {}
