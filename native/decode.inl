@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int64_t kDecodeTileBytes = 16 * 1024;
+constexpr int64_t kDecodeTileBytes = 32 * 1024;
 
 // A run of neighbouring slots inside one page.
 struct Span {
