@@ -1,6 +1,7 @@
 """Arenas: zeroed memory of the right shape and size, given back when it is gone."""
 
 import gc
+from pathlib import Path
 
 import psutil
 import pytest
@@ -67,3 +68,19 @@ def test_staging_lays_rows_out_per_sequence_and_head_and_only_grows() -> None:
     staging.resize(1, 4)
     assert staging.tables.shape == (1, 2, 4)
     assert staging.num_bytes == held
+
+
+def test_large_memory_gets_huge_pages_where_the_system_offers_them() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system offers no transparent huge pages")
+    before = huge_kib()
+    tensor = allocate((64 * 2**20,), torch.uint8, torch.device("cpu"))
+    tensor.fill_(1)
+    assert huge_kib() - before >= 32 * 1024
+
+
+def huge_kib() -> int:
+    """KiB of this process in huge pages."""
+    line = next(x for x in Path("/proc/self/smaps_rollup").read_text().splitlines() if x.startswith("AnonHugePages"))
+    return int(line.split()[1])

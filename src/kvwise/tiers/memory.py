@@ -20,11 +20,18 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or num_bytes < _HUGE:
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    mapping = mmap.mmap(-1, num_bytes + _HUGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+    mapping = _anonymous(num_bytes + _HUGE)
     start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     skip = -start % _HUGE
     # The tensor holds the buffer, the buffer holds the mapping: all of it goes when the tensor does.
     flat = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes, offset=skip)
     return flat.view(dtype).view(tuple(shape))
+
+
+def _anonymous(num_bytes: int) -> mmap.mmap:
+    """Private zeroed memory. Python's default is a shared mapping, which gets no huge pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, num_bytes)
+    mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
