@@ -4,6 +4,7 @@ A step is one flat row of tokens, cut into parts: sequences whose KV lies in who
 head, or partly in another tier. Each part stores its new keys and values and answers its own queries.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -81,12 +82,12 @@ class AskAhead(Protocol):
         ...
 
 
-class LooksAhead:
+class LooksAhead(ABC):
     """A part that wants to see the query of a layer before that layer runs."""
 
+    @abstractmethod
     def look_ahead(self, layer: int, ask: AskAhead) -> None:
         """The input of `layer` is known; `ask(layer + 1, rows)` guesses the next layer's queries."""
-        raise NotImplementedError
 
 
 @dataclass
