@@ -33,6 +33,10 @@ class PlanError(UsageError):
     """A study plan that cannot be read or run."""
 
 
+class TaskError(UsageError):
+    """A task cannot be made, or a file of task records cannot be read, as asked."""
+
+
 class CapacityError(UsageError):
     """A request or setting larger than the memory it must fit in."""
 
