@@ -147,7 +147,7 @@ def test_abort_from_within_observe(serve: Serve) -> None:
         engine = serve("llama-tiny", strategy)
         a, b, c = prompts(20, 21, 22)
 
-        def stop(step: int, logits: Tensor, engine: Engine = engine) -> None:
+        def stop(index: int, step: int, logits: Tensor, engine: Engine = engine) -> None:
             if step == 2:
                 engine.abort("b")
                 engine.abort("c")
@@ -275,7 +275,7 @@ def test_observe_of_the_caller_that_raises(serve: Serve) -> None:
     engine = serve("llama-tiny", "prefix")
     first, second = prompts(20, 30)
 
-    def bad(step: int, logits: Tensor) -> None:
+    def bad(index: int, step: int, logits: Tensor) -> None:
         if step == 1:
             raise RuntimeError("observe is broken")
 
@@ -411,7 +411,9 @@ def test_requests_that_make_no_sense(serve: Serve) -> None:
         ([1, 320], greedy(1), {}, "token id 320 is outside the vocabulary of 320"),
         ([-1], greedy(1), {}, "token id -1"),
         ([1], greedy(1), {"request_id": "a"}, "'a' is in use"),
-        ([1], greedy(3, forced_tokens=[1, 2]), {}, "forced_tokens must be max_tokens=3"),
+        ([1], [], {}, "at least one"),
+        ([1], [greedy(1), greedy(1, n=2)], {}, "all with n=1"),
+        ([1], [greedy(1), greedy(1, forced_tokens=[320])], {}, "id 320 is outside the vocabulary of 320"),
         ([1], greedy(1, forced_tokens=[999]), {}, "forced_tokens"),
         ([1], greedy(1, stop_token_ids=(320,)), {}, "token id 320"),
     ]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvwise.core.errors import UsageError
 from kvwise.core.output import FinishReason
 from kvwise.core.params import SamplingParams
 from kvwise.models.text import EOS
@@ -63,7 +64,7 @@ def test_logprobs_are_those_of_the_raw_distribution(serve: Serve) -> None:
     engine.add_request(
         prompts(20)[0],
         SamplingParams(max_tokens=5, temperature=0.7, seed=1, logprobs=3, ignore_eos=True),
-        observe=lambda step, logits: seen.append(logits.clone()),
+        observe=lambda index, step, logits: seen.append(logits.clone()),
     )
     (output,) = finish(engine).values()
     assert [told.token_id for told in output.logprobs] == output.token_ids
@@ -81,13 +82,44 @@ def test_forced_tokens_are_followed_and_their_logits_observed(serve: Serve) -> N
     free = run(engine, [prompt], greedy(6))[0].token_ids
     forced = [*free[:3], 5, 6, 7]
     seen: dict[int, Tensor] = {}
-    name = engine.add_request(prompt, greedy(6, forced_tokens=forced), observe=seen.__setitem__)
+    name = engine.add_request(prompt, greedy(6, forced_tokens=forced), observe=lambda index, step, row: seen.update({step: row}))
     assert finish(engine)[name].token_ids == forced
     assert list(seen) == [0, 1, 2, 3, 4, 5]
     assert [int(seen[i].argmax()) for i in range(4)] == free[:4]
     # What was forced is what the next token is computed from.
     (continued,) = run(engine, [prompt + forced[:5]], greedy(1, logprobs=0))
     assert continued.token_ids[0] == int(seen[5].argmax())
+
+
+def test_an_output_begins_with_what_is_forced_and_goes_on_freely(serve: Serve) -> None:
+    engine = serve("llama-tiny", "prefix")
+    (prompt,) = prompts(20)
+    (whole,) = run(engine, [[*prompt, 5, 6, 7]], greedy(4))
+    (asked,) = run(engine, [prompt], greedy(7, forced_tokens=[5, 6, 7]))
+    assert asked.token_ids == [5, 6, 7, *whole.token_ids]
+    # A forced token ends nothing, though a sampled one of its kind would.
+    (stopped,) = run(engine, [prompt], greedy(7, forced_tokens=[5, 6, 7], stop_token_ids=(6, whole.token_ids[0])))
+    assert stopped.token_ids == [5, 6, 7, whole.token_ids[0]]
+    with pytest.raises(UsageError, match="forced_tokens=.*at most max_tokens=2"):
+        greedy(2, forced_tokens=[5, 6, 7])
+
+
+@pytest.mark.parametrize("strategy", ["full", "prefix", "h2o(budget=0.3)", "streaming(budget=0.3)", "infinigen"])
+def test_questions_asked_of_one_prompt_are_answered_as_if_each_were_alone(serve: Serve, strategy: str) -> None:
+    (prompt,) = prompts(50)
+    questions = [[3, 4], [5], [6, 7, 8]]
+    params = [greedy(len(q) + 4, forced_tokens=q) for q in questions]
+    alone = [run(serve("llama-tiny", strategy), [prompt], one)[0].token_ids for one in params]
+    engine = serve("llama-tiny", strategy)
+    seen: dict[tuple[int, int], int] = {}
+    name = engine.add_request(prompt, params, observe=lambda i, step, row: seen.update({(i, step): int(row.argmax())}))
+    outputs: dict[int, list[int]] = {}
+    while engine.has_unfinished():
+        outputs |= {o.index: o.token_ids for o in engine.step() if o.request_id == name}
+    assert [outputs[i] for i in range(3)] == alone
+    for i, question in enumerate(questions):
+        assert [seen[i, step] for step in range(len(question), len(question) + 4)] == alone[i][len(question) :]
+    require_empty(engine)
 
 
 def test_a_seed_gives_its_tokens_whatever_else_runs(serve: Serve) -> None:

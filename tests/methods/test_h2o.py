@@ -68,8 +68,8 @@ def test_kept_sets_equal_the_reference_at_every_layer_head_and_step(
         torch.testing.assert_close(torch.stack(seen[name]), torch.stack(twin.logits), atol=2e-4, rtol=1e-4)
 
 
-def _collector(into: list[Tensor]) -> Callable[[int, Tensor], None]:
-    return lambda step, logits: into.append(logits.clone())
+def _collector(into: list[Tensor]) -> Callable[[int, int, Tensor], None]:
+    return lambda index, step, logits: into.append(logits.clone())
 
 
 def _step_and_compare(engine: Engine, twins: dict[str, Twin]) -> dict[str, int]:

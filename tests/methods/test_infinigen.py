@@ -259,7 +259,7 @@ def test_attention_is_over_the_fetched_tokens_and_the_new_one(
     spy = Spy().watch(engine, monkeypatch)
     seen: list[Tensor] = []
     params = greedy(10, forced_tokens=forced)
-    engine.add_request(prompt, params, observe=lambda step, logits: seen.append(logits.clone()))
+    engine.add_request(prompt, params, observe=lambda index, step, logits: seen.append(logits.clone()))
     finish(engine)
     dense = DenseOverChosen(load("llama-tiny"))
     expected = [dense.step(prompt)]

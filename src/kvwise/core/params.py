@@ -26,7 +26,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # how many top alternatives to report beside the chosen token
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    forced_tokens: Sequence[int] | None = None  # teacher forcing: these are "sampled", whatever the logits say
+    # Teacher forcing: the output begins with these tokens, whatever the logits say; none of them ends the request.
+    forced_tokens: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, bool, str], ...] = (
@@ -42,10 +43,16 @@ class SamplingParams:
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "0 to 20"),
             ("stop", all(self.stop), "strings that are not empty"),
+            ("forced_tokens", self.num_forced <= self.max_tokens, f"at most max_tokens={self.max_tokens} ids"),
         )
         for name, ok, limit in limits:
             if not ok:
                 raise UsageError(f"{name}={getattr(self, name)!r} is out of range: it must be {limit}")
+
+    @property
+    def num_forced(self) -> int:
+        """How many tokens of the output are given."""
+        return 0 if self.forced_tokens is None else len(self.forced_tokens)
 
     @property
     def greedy(self) -> bool:

@@ -50,7 +50,7 @@ class Engine:
     def add_request(
         self,
         prompt: Many[int],
-        params: SamplingParams,
+        params: SamplingParams | Many[SamplingParams],
         *,
         request_id: str | None = None,
         salt: str = "",
@@ -59,16 +59,20 @@ class Engine:
     ) -> str:
         """Queue a request and return its id. UsageError if it can never be served; nothing is queued then.
 
-        `salt` separates tenants: equal prompts under different salts share nothing. `arrival` is in seconds on the
-        engine's clock (now, if None). `observe(step, logits)` sees the raw logits [V] behind every output token.
+        Several `params` make one sample each, all forked from the prompt once it is computed: with questions as their
+        `forced_tokens`, each is asked of the same cache, which has seen none of them. `salt` separates tenants: equal
+        prompts under different salts share nothing. `arrival` is in seconds on the engine's clock (now, if None).
+        `observe(index, step, logits)` sees the raw logits [V] behind every output token of every sample.
         """
         number = next(self._ids)
         name = request_id if request_id is not None else f"request-{number}"
         tokens = [int(t) for t in prompt]
-        self._refuse(name, tokens, params)
+        samples = _samples(params)
+        for one in samples:
+            self._refuse(name, tokens, one)
         now = self.clock.now() if arrival is None else arrival
         sequences = [
-            self._sequence(name, index, number, tokens, params, salt, now, observe) for index in range(params.n)
+            self._sequence(name, index, number, tokens, one, salt, now, observe) for index, one in enumerate(samples)
         ]
         sequences[0].siblings = sequences[1:]
         self._requests[name] = sequences
@@ -119,8 +123,9 @@ class Engine:
                 f"max_model_len={self.max_model_len}: shorten the prompt or lower max_tokens"
             )
         forced = params.forced_tokens
-        if forced is not None and (len(forced) < params.max_tokens or not all(0 <= t < vocab for t in forced)):
-            raise UsageError(f"forced_tokens must be max_tokens={params.max_tokens} ids below {vocab}")
+        if forced is not None and not all(0 <= t < vocab for t in forced):
+            bad = next(t for t in forced if not 0 <= t < vocab)
+            raise UsageError(f"forced_tokens: id {bad} is outside the vocabulary of {vocab} tokens")
         self._refuse_size(len(tokens), longest)
 
     def _refuse_size(self, num_prompt: int, longest: int) -> None:
@@ -230,3 +235,12 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _samples(params: SamplingParams | Many[SamplingParams]) -> list[SamplingParams]:
+    """The parameters of each sample of a request."""
+    if isinstance(params, SamplingParams):
+        return [params] * params.n
+    if not params or any(one.n != 1 for one in params):
+        raise UsageError("several sampling params make one sample each: give at least one, all with n=1")
+    return list(params)

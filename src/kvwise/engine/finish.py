@@ -82,7 +82,7 @@ class Finisher:
         """Show the logits to whoever asked; False if that, or an abort from within it, has ended the request."""
         if sequence.observe is not None and sequence.phase is not Phase.FINISHED:
             try:
-                sequence.observe(sequence.num_outputs, logits)
+                sequence.observe(sequence.index, sequence.num_outputs, logits)
             except Exception as error:  # the caller's code: it may raise anything, and the others go on
                 self.fail([(sequence, error)])
         return sequence.phase is not Phase.FINISHED
@@ -152,7 +152,7 @@ class Finisher:
     def _reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         """Why this token is the last, or None. A token that ends the output is no text of it."""
         params = sequence.params
-        early = sequence.num_outputs < params.min_tokens
+        early = sequence.num_outputs < params.min_tokens or sequence.num_outputs <= params.num_forced
         ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         if ends and not early:
             return FinishReason.STOP

@@ -13,7 +13,7 @@ from kvwise.core.params import SamplingParams
 from kvwise.engine.sampler import SequenceSampler
 from kvwise.models.text import OutputText
 
-Observe = Callable[[int, Tensor], None]
+Observe = Callable[[int, int, Tensor], None]  # (index of the sample, index of the output token, logits [V])
 
 
 class Phase(Enum):
