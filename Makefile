@@ -30,6 +30,7 @@ format: install
 # Pages that are generated from the code; the tests fail when one is stale.
 docs: install
 	$(BIN)/python -m kvwise.models.support > docs/models.md
+	$(BIN)/python -m kvwise.tasks.page > docs/tasks.md
 
 install: $(STAMP)
 

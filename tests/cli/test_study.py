@@ -1,13 +1,17 @@
 """`kvwise study`: plans printed, folders reported and compared, bad usage in one line and exit 2 with nothing lost."""
 
+import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from kvwise.cli.main import run
-from kvwise.study.plan import default_plan, read_plan_text
+from kvwise.study.overrides import Overrides
+from kvwise.study.plan import Plan, default_plan, quality_plan, read_plan, read_plan_text
+from kvwise.tasks.catalogue import tasks
 from tests.study.conftest import make_plan, run_fake
 
 SMALL = """
@@ -40,6 +44,57 @@ def test_plan_prints_the_default_plan_to_edit(capsys: pytest.CaptureFixture[str]
     assert "cells" in captured.err
 
 
+def test_plan_prints_the_quality_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["study", "plan", "--quality-only"]) == 0
+    captured = capsys.readouterr()
+    assert read_plan_text(captured.out, "printed") == quality_plan()
+    assert "recall" in captured.out
+
+
+def test_quality_only_leaves_the_traffic_out_of_any_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.toml").write_text(SMALL.replace("quality = false", ""))
+    kinds = []
+    for options in ([], ["--quality-only"]):
+        assert run(["study", "plan", str(tmp_path / "p.toml"), "--json", *options]) == 0
+        kinds.append({c["kind"] for c in json.loads(capsys.readouterr().out)["cells"]})
+    assert kinds == [{"quality", "live"}, {"quality"}]
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plans that were to be run; nothing is."""
+    plans: list[Plan] = []
+    monkeypatch.setattr("kvwise.cli.study._run", lambda plan, *_, **__: plans.append(plan))
+    return plans
+
+
+def test_which_plan_runs(ran: list[Plan], tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(SMALL)
+    file = str(tmp_path / "p.toml")
+    assert run(["study"]) == 0
+    assert run(["study", "--quality-only"]) == 0
+    assert run(["study", "run", "--quality-only"]) == 0
+    assert run(["study", "run", file, "--quality-only", "--min-quality", "0.9"]) == 0
+    only = {"quality_only": True}
+    assert ran[:3] == [default_plan(), quality_plan().model_copy(update=only), quality_plan().model_copy(update=only)]
+    assert ran[3] == read_plan(tmp_path / "p.toml").model_copy(update=only | {"min_quality": 0.9})
+
+
+def test_questions_can_be_chosen(ran: list[Plan]) -> None:
+    options = ["--task", "recall", "--task", "needle(depth=0.5)", "--protocol", "multi-request"]
+    assert run(["study", "run", "--quality-only", *options, "--context-length", "256"]) == 0
+    quality = ran[0].quality
+    assert quality.tasks == ("recall", "needle(depth=0.5)")
+    assert quality.protocols == ("multi-request",)
+    assert quality.context_lengths == (256,)
+    assert {c for block in ran[0].block for c in block.context_lengths} == {256}
+
+
+def test_no_change_leaves_the_plan_as_it_is() -> None:
+    assert Overrides().apply(default_plan()) == default_plan()
+    assert Overrides(min_quality=0.9).apply(default_plan()).min_quality == 0.9
+
+
 def test_plan_prints_cells_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.toml").write_text(SMALL)
     assert run(["study", "plan", str(tmp_path / "p.toml"), "--json"]) == 0
@@ -62,6 +117,17 @@ def test_report_takes_other_service_levels(folder: Path, tmp_path: Path, capsys:
     assert (copy / "report.html").is_file()
     assert run(["study", "report", str(copy)]) == 0
     assert "run: kvwise generate" in capsys.readouterr().out
+
+
+def test_report_takes_another_quality_floor(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = shutil.copytree(folder, tmp_path / "out")
+    assert run(["study", "report", str(copy), "--json", "--min-quality", "0.5"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["min_quality"] == 0.5
+    assert {r["text"].partition(": ")[2] for r in values["rejected"]} == {"its quality was not measured"}
+    assert values["recommendations"] == []
+    assert run(["study", "report", str(copy), "--min-quality", "0.5"]) == 0
+    assert "no strategy reaches the quality floor" in capsys.readouterr().out
 
 
 def test_compare_shows_both(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +188,11 @@ def test_a_study_of_another_plan_is_refused(folder: Path, capsys: pytest.Capture
         (["study", "run", "nowhere.toml"], "nowhere.toml is no file"),
         (["study", "run", "--request-rate", "fast"], "'fast' must be a number"),
         (["study", "run", "--budget", "1.5"], "budget=1.5"),
+        (["study", "run", "--min-quality", "2"], "min_quality"),
+        (["study", "run", "--agreement-floor", "0.9"], "--agreement-floor"),
+        (["study", "run", "--task", "recal"], "recal"),
+        (["study", "run", "--protocol", "blind"], "protocols"),
+        (["study", "--quality-only", "status", "x"], "options go behind the command"),
         (["study", "run", "--link", "host:moon=1GB/s"], "no link is called 'host:moon'"),
         (["study", "run", "--trace", "nowhere.jsonl"], "nowhere.jsonl is no file"),
         (["study", "--json", "status", "x"], "options go behind the command"),
@@ -138,3 +209,15 @@ def test_bad_usage_is_one_line_and_exit_2(
     monkeypatch.chdir(tmp_path)
     assert words in refused(arguments, capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_docs_name_options_that_exist_and_every_task(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - {"--strategy"}
+    known = ""
+    for command in ([], ["run"], ["report"], ["plan"]):
+        with contextlib.suppress(SystemExit):
+            run(["study", *command, "--help"])
+        known += capsys.readouterr().out
+    assert {option for option in named if option not in known} == set()
+    assert {name for name in tasks() if f"`{name}`" not in text and f"`{name}(" not in text} == set()

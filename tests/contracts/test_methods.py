@@ -139,10 +139,11 @@ def test_a_pair_is_built_or_refused_with_a_reason_that_names_both(first: type[Me
 
 def clash(first: frozenset[Trait], second: frozenset[Trait]) -> bool:
     """What cannot be, said once more and independently of the table in core."""
-    ranks_and_skips = (Trait.NEEDS_EVERY_ROW in first and Trait.SKIPS_ROWS in second) or (
-        Trait.NEEDS_EVERY_ROW in second and Trait.SKIPS_ROWS in first
+    needs_rows = {Trait.NEEDS_EVERY_ROW, Trait.NEEDS_LAST_ROWS}
+    ranks_and_skips = (needs_rows & first and Trait.SKIPS_ROWS in second) or (
+        needs_rows & second and Trait.SKIPS_ROWS in first
     )
-    return ranks_and_skips or (Trait.OWNS_PAGES in first and Trait.OWNS_PAGES in second)
+    return bool(ranks_and_skips) or (Trait.OWNS_PAGES in first and Trait.OWNS_PAGES in second)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,13 @@ def clash(first: frozenset[Trait], second: frozenset[Trait]) -> bool:
         ("infinigen+prefix", True),
         ("h2o+infinigen", False),
         ("streaming+infinigen", False),
+        ("snapkv+prefix", False),
+        ("h2o(normalised=true)+prefix", False),
+        ("window+prefix", True),
+        ("random+prefix", True),
+        ("topk+prefix", True),
+        ("snapkv+topk", False),
+        ("random+topk", False),
         ("full+prefix", True),
         ("full+infinigen", True),
     ],

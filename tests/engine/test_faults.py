@@ -101,16 +101,16 @@ def test_abort_of_somebody_unknown_or_gone_is_no_error(serve: Serve) -> None:
 
 def test_abort_while_the_copy_to_the_host_is_under_way(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = serve("llama-tiny", "infinigen", max_num_batched_tokens=32, max_num_seqs=4)
-    placement = engine.memory.placement
+    tiers = engine.memory.placement._tiers
     gate, began = threading.Event(), threading.Event()
-    copy = placement._copy_to_host
+    copy = tiers._copy_to_host
 
     def slow(source: Tensor, target: Tensor) -> None:
         began.set()
         gate.wait(10)
         copy(source, target)
 
-    monkeypatch.setattr(placement, "_copy_to_host", slow)
+    monkeypatch.setattr(tiers, "_copy_to_host", slow)
     engine.add_request(prompts(60)[0], greedy(5), request_id="a")
     engine.step()
     assert began.wait(10)  # the link's thread is reading the request's device blocks
@@ -124,8 +124,8 @@ def test_a_copy_to_the_host_that_fails_ends_its_request_only(serve: Serve, monke
     engine = serve("llama-tiny", "infinigen", max_num_batched_tokens=64, max_num_seqs=4)
     first, second = prompts(40, 41)
     expected = run(engine, [second], greedy(5))[0].token_ids
-    placement = engine.memory.placement
-    copy, calls = placement._copy_to_host, []
+    tiers = engine.memory.placement._tiers
+    copy, calls = tiers._copy_to_host, []
 
     def fail_once(source: Tensor, target: Tensor) -> None:
         calls.append(1)
@@ -133,7 +133,7 @@ def test_a_copy_to_the_host_that_fails_ends_its_request_only(serve: Serve, monke
             raise MemoryError("no host memory")
         copy(source, target)
 
-    monkeypatch.setattr(placement, "_copy_to_host", fail_once)
+    monkeypatch.setattr(tiers, "_copy_to_host", fail_once)
     failed, fine = run(engine, [first, second], greedy(5))
     assert failed.finish_reason is FinishReason.ERROR
     assert "no host memory" in failed.error
@@ -449,7 +449,8 @@ def test_a_pool_of_less_than_a_block_is_refused(serve: Serve) -> None:
 def test_link_threads_end_with_the_engine(serve: Serve) -> None:
     engine = serve("llama-tiny", "infinigen")
     run(engine, prompts(20), greedy(3))
-    mine: list[Link] = [engine.memory.placement._fetch_link, engine.memory.placement._store_link]
+    tiers = engine.memory.placement._tiers
+    mine: list[Link] = [tiers._fetch_link, tiers._store_link]
     threads = [t for link in mine for t in link._worker._threads]
     assert any(t.is_alive() for t in threads)
     engine.close()

@@ -30,10 +30,11 @@ class Head:
 class PlainH2O:
     """Runs one sequence: `prefill`, then `decode` token by token. `margin` is the closest decision there was."""
 
-    def __init__(self, loaded: LoadedModel, budget: float, recent: float = 0.5) -> None:
+    def __init__(self, loaded: LoadedModel, budget: float, recent: float = 0.5, normalised: bool = False) -> None:
         self._loaded = loaded
         self._budget = budget
         self._recent_share = recent
+        self._normalised = normalised
         self._heads = [[Head() for _ in range(loaded.num_kv_heads)] for _ in range(loaded.num_layers)]
         self._num_tokens = 0
         self.capacity = 0
@@ -95,14 +96,19 @@ class PlainH2O:
         hidden = (distance < 0) | (distance >= (window or 10**9))
         return logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
+    def _rank(self, score: float, num_rows: int) -> float:
+        """The sum of the attention from `num_rows` rows, or its mean."""
+        return score / num_rows if self._normalised else score
+
     def _evict(self, head: Head) -> None:
         """Prefill: keep the heavy hitters and the latest. Decoding: one in, one out."""
         while len(head.positions) > self.capacity:
             newest = max(head.positions)
             older = [i for i, p in enumerate(head.positions) if p <= newest - self.recent]
-            ranked = sorted(older, key=lambda i: head.scores[i])
+            scores = [self._rank(score, newest - p + 1) for score, p in zip(head.scores, head.positions, strict=True)]
+            ranked = sorted(older, key=lambda i: scores[i])
             num_out = len(head.positions) - self.capacity
             out, stay = ranked[:num_out], ranked[num_out:]
             if stay:
-                self.margin = min(self.margin, head.scores[stay[0]] - head.scores[out[-1]])
+                self.margin = min(self.margin, scores[stay[0]] - scores[out[-1]])
             head.keep([i for i in range(len(head.positions)) if i not in out])

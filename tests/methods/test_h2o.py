@@ -21,6 +21,7 @@ Serve = Callable[..., Any]
 Load = Callable[[str], Any]
 
 ROUNDING = 1e-5  # decisions closer than this would be rounding's
+ROUNDING_OF_MEANS = 1e-8  # means over rows are closer to each other, and as many times more exact
 CHUNKED = {"max_num_batched_tokens": 11, "max_num_seqs": 4}
 UNCHUNKED = {"enable_chunked_prefill": False}
 LENGTHS = (26, 45, 70, 33)
@@ -30,34 +31,45 @@ NUM_DECODED = 20
 class Twin:
     """A plain reference run beside one request of an engine, over the same forced tokens."""
 
-    def __init__(self, loaded: Any, prompt: list[int], forced: list[int], budget: float, recent: float) -> None:
-        self.plain = PlainH2O(loaded, budget, recent)
+    def __init__(
+        self, loaded: Any, prompt: list[int], forced: list[int], budget: float, recent: float, normalised: bool
+    ) -> None:
+        self.plain = PlainH2O(loaded, budget, recent, normalised)
         self.logits = [self.plain.prefill(prompt)]
         self.kept = {len(prompt): self.plain.kept()}
         for i, token in enumerate(forced[:-1]):
             self.logits.append(self.plain.decode(token))
             self.kept[len(prompt) + i + 1] = self.plain.kept()
-        assert self.plain.margin > ROUNDING, "choose another seed: rounding would decide"
+        assert self.plain.margin > (ROUNDING_OF_MEANS if normalised else ROUNDING), (
+            "choose another seed: rounding would decide"
+        )
 
 
 @pytest.mark.parametrize("settings", [CHUNKED, UNCHUNKED], ids=["chunked", "unchunked"])
 @pytest.mark.parametrize(
-    ("model", "budget", "recent", "seed"),
+    ("model", "budget", "recent", "seed", "normalised"),
     [
-        ("llama-tiny", 0.3, 0.5, 0),  # two query heads per KV head
-        ("mistral-tiny", 0.3, 0.5, 0),  # a window of 8 in all layers
-        ("gemma2-tiny", 0.4, 0.5, 0),  # windows in every other layer, softcap
-        ("gpt2-tiny", 0.2, 0.25, 0),  # learned positions, as many KV heads as query heads
-        ("3m", 0.5, 0.9, 0),  # three query heads per KV head, six layers
-        ("gpt_neo-tiny", 0.15, 0.0, 0),  # heavy hitters and the newest token only
+        ("llama-tiny", 0.3, 0.5, 0, False),  # two query heads per KV head
+        ("mistral-tiny", 0.3, 0.5, 0, False),  # a window of 8 in all layers
+        ("gemma2-tiny", 0.4, 0.5, 0, False),  # windows in every other layer, softcap
+        ("gpt2-tiny", 0.2, 0.25, 0, False),  # learned positions, as many KV heads as query heads
+        ("3m", 0.5, 0.9, 0, False),  # three query heads per KV head, six layers
+        ("gpt_neo-tiny", 0.15, 0.0, 0, False),  # heavy hitters and the newest token only
+        ("llama-tiny", 0.3, 0.5, 0, True),
+        ("gemma2-tiny", 0.4, 0.5, 0, True),
     ],
 )
 def test_kept_sets_equal_the_reference_at_every_layer_head_and_step(
-    serve: Serve, load: Load, model: str, budget: float, recent: float, seed: int, settings: dict[str, Any]
-) -> None:
-    engine = serve(model, f"h2o(budget={budget}, recent={recent})", blocks=400, **settings)
+    serve: Serve, load: Load, model: str, budget: float, recent: float, seed: int, normalised: bool,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    strategy = f"h2o(budget={budget}, recent={recent}, normalised={str(normalised).lower()})"
+    engine = serve(model, strategy, blocks=400, **settings)
     many, forced = prompts(*LENGTHS, seed=seed), prompts(*[NUM_DECODED] * 4, seed=seed + 100)
-    twins = {f"r{i}": Twin(load(model), *pair, budget, recent) for i, pair in enumerate(zip(many, forced, strict=True))}
+    twins = {
+        f"r{i}": Twin(load(model), prompt, tokens, budget, recent, normalised)
+        for i, (prompt, tokens) in enumerate(zip(many, forced, strict=True))
+    }
     seen: dict[str, list[Tensor]] = {name: [] for name in twins}
     for name, prompt, tokens in zip(twins, many, forced, strict=True):
         observe = _collector(seen[name])
@@ -117,8 +129,10 @@ def test_mass_of_a_prompt_is_the_column_sum_of_transformers_attention(
 # -- the method alone -------------------------------------------------------------------------------------------
 
 
-def plain_keep(mass: np.ndarray, capacity: int, recent: int) -> np.ndarray:
+def plain_keep(mass: np.ndarray, capacity: int, recent: int, normalised: bool = False) -> np.ndarray:
     kept = np.zeros(mass.shape, bool)
+    if normalised:
+        mass = mass / np.arange(mass.shape[-1], 0, -1, dtype=np.float32)  # token t is seen by rows t .. T - 1
     for place in np.ndindex(mass.shape[:2]):
         row = mass[place]
         older = len(row) - recent
@@ -133,20 +147,22 @@ def plain_keep(mass: np.ndarray, capacity: int, recent: int) -> np.ndarray:
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 10, 57, 200])
 @pytest.mark.parametrize("budget", [0.02, 0.1, 0.29, 0.5, 0.99])
 @pytest.mark.parametrize("recent", [0.0, 0.29, 0.5, 1.0])
-def test_keep_equals_numpy(num_tokens: int, budget: float, recent: float) -> None:
-    method = H2O(budget, recent)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_keep_equals_numpy(num_tokens: int, budget: float, recent: float, normalised: bool) -> None:
+    method = H2O(budget, recent, normalised)
     capacity = method.capacity(num_tokens)
     assert capacity == max(2, int(num_tokens * budget))
     mass = np.random.default_rng(num_tokens).random((3, 2, num_tokens), np.float32)
     positions = torch.arange(num_tokens, dtype=torch.int32)
-    kept = method.keep(PromptView(num_tokens, capacity, (3, 2), positions, torch.from_numpy(mass)))
-    expected = plain_keep(mass, capacity, max(1, int(capacity * recent)))
+    kept = method.keep(PromptView(num_tokens, num_tokens, capacity, (3, 2), positions, torch.from_numpy(mass)))
+    expected = plain_keep(mass, capacity, max(1, int(capacity * recent)), normalised)
     np.testing.assert_array_equal(kept.numpy(), expected)
     assert (expected.sum(-1) == min(capacity, num_tokens)).all()
 
 
 @pytest.mark.parametrize("recent", [0.0, 0.29, 0.5, 0.58, 1.0])
-def test_victims_equal_numpy(recent: float) -> None:
+@pytest.mark.parametrize("normalised", [False, True])
+def test_victims_equal_numpy(recent: float, normalised: bool) -> None:
     rng = np.random.default_rng(1)
     capacities = [2, 7, 50, 100]
     num_slots = 112
@@ -166,8 +182,11 @@ def test_victims_equal_numpy(recent: float) -> None:
         torch.from_numpy(positions), torch.from_numpy(mass), torch.from_numpy(used),
         torch.from_numpy(num_tokens), torch.tensor(capacities),
     )  # fmt: skip
-    method = H2O(0.2, recent)
+    method = H2O(0.2, recent, normalised)
     victims = method.victims(view).numpy()
+    if normalised:
+        with np.errstate(divide="ignore"):  # in slots that are not in use
+            mass = mass / (num_tokens[:, None, None, None] - positions)
     for place in np.ndindex(shape[:3]):
         num_recent = method.num_recent(capacities[place[0]])
         free = used[place] & (positions[place] < num_tokens[place[0]] - num_recent)

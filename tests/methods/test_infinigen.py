@@ -145,13 +145,13 @@ class Spy:
     new: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> keys [H, D] of decoded tokens
 
     def watch(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> "Spy":
-        placement = engine.memory.placement
-        begin_fetch, begin, store = placement.begin_fetch, RecallPart._begin_fetch, RecallPart._store_new
+        tiers = engine.memory.placement._tiers
+        begin_fetch, begin, store = tiers.begin_fetch, RecallPart._begin_fetch, RecallPart._store_new
         pending: list[Tensor] = []
 
-        def note_choice(part: RecallPart, layer: int, chosen: list[Tensor]) -> None:
+        def note_choice(part: RecallPart, layer: int, chosen: list[Tensor]) -> Any:
             pending.append(chosen[0])
-            begin(part, layer, chosen)
+            return begin(part, layer, chosen)
 
         def note_rows(layer: int, slots: Tensor, target: Tensor, shape: tuple[int, int]) -> "Future[Any]":
             arrival = begin_fetch(layer, slots, target, shape)
@@ -166,7 +166,7 @@ class Spy:
 
         monkeypatch.setattr(RecallPart, "_begin_fetch", note_choice)
         monkeypatch.setattr(RecallPart, "_store_new", note_new)
-        monkeypatch.setattr(placement, "begin_fetch", note_rows)
+        monkeypatch.setattr(tiers, "begin_fetch", note_rows)
         return self
 
 

@@ -50,7 +50,7 @@ def test_keep_and_victims_equal_a_plain_reading(num_tokens: int, budget: float, 
     method = Streaming(budget, sinks, window)
     capacity = method.capacity(num_tokens)
     positions = torch.arange(num_tokens, dtype=torch.int32)
-    kept = method.keep(PromptView(num_tokens, capacity, (2, 3), positions, None))
+    kept = method.keep(PromptView(num_tokens, num_tokens, capacity, (2, 3), positions, None))
     assert kept.shape == (2, 3, num_tokens)
     wanted = expected_positions(num_tokens, capacity, sinks)
     assert all(row.nonzero().flatten().tolist() == wanted for row in kept.flatten(0, 1))

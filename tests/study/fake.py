@@ -11,19 +11,20 @@ from kvwise.core.errors import CapacityError, StrategyError
 from kvwise.core.output import Attestation, EngineStats, FinishReason, RequestMetrics, RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.study.face import ModelFacts, Observe, OnOffRun
+from kvwise.tasks.token_language import TokenLanguage
 
 BLOCK = 16
 VOCAB = 320
-KNOWN = ("full", "prefix", "h2o", "infinigen", "streaming", "idle", "broken", "hungry")
+KNOWN = ("full", "prefix", "h2o", "infinigen", "streaming", "window", "random", "idle", "broken", "hungry")
+LANGUAGE = TokenLanguage(VOCAB)  # made once: its text takes a moment
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     output: RequestOutput
     params: SamplingParams
     observe: Observe | None
     computed: int = 0
-    told: bool = False
 
 
 @dataclass
@@ -56,20 +57,22 @@ class FakeEngine:
     def add_request(
         self,
         prompt: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         request_id: str | None = None,
         arrival: float | None = None,
         observe: Observe | None = None,
     ) -> str:
         name = request_id or f"request-{len(self.seen)}-{self.queries}"
-        longest = (len(prompt) + params.max_tokens) * self.facts.kv_token_bytes
-        if longest * self.share() > self.pool:
-            raise CapacityError(f"request of {longest} bytes is larger than the pool of {self.pool}")
         now = self.clock.now() if arrival is None else arrival
-        metrics = RequestMetrics(arrival=now, num_prompt_tokens=len(prompt))
-        output = RequestOutput(name, 0, list(prompt), [], [], "", None, None, None, metrics, Attestation(self.strategy))
-        self.waiting.append(_Request(output, params, observe))
+        for index, one in enumerate([params] if isinstance(params, SamplingParams) else params):
+            longest = (len(prompt) + one.max_tokens) * self.facts.kv_token_bytes
+            if longest * self.share() > self.pool:
+                raise CapacityError(f"request of {longest} bytes is larger than the pool of {self.pool}")
+            metrics = RequestMetrics(arrival=now, num_prompt_tokens=len(prompt))
+            attestation = Attestation(self.strategy)
+            output = RequestOutput(name, index, list(prompt), [], [], "", None, None, None, metrics, attestation)
+            self.waiting.append(_Request(output, one, observe))
         return name
 
     def abort(self, request_id: str) -> None:
@@ -127,13 +130,14 @@ class FakeEngine:
             if request.computed < len(output.prompt_token_ids):
                 continue
             step = len(output.token_ids)
+            forced = request.params.forced_tokens or ()
             likely = (len(output.prompt_token_ids) + step) % VOCAB
             if request.observe is not None:
-                logits = self.logits(output.prompt_token_ids, step)
+                hint = forced[step] if step < len(forced) else None
+                logits = self.logits(output.prompt_token_ids, step, hint)
                 likely = int(logits.argmax())
-                request.observe(step, logits)
-            forced = request.params.forced_tokens
-            output.token_ids.append(likely if forced is None else forced[step])
+                request.observe(output.index, step, logits)
+            output.token_ids.append(forced[step] if step < len(forced) else likely)
             output.new_token_ids.append(output.token_ids[-1])
             output.metrics.token_times.append(now)
             output.metrics.first_token = output.metrics.token_times[0]
@@ -142,19 +146,22 @@ class FakeEngine:
                 self._end(request, FinishReason.LENGTH)
 
     def _attest(self, request: _Request) -> None:
-        for name in ("h2o", "infinigen", "streaming"):
+        for name in ("h2o", "infinigen", "streaming", "window", "random"):
             if name in self.strategy and self.budget < 1:
                 request.output.attestation.did[name] = request.output.attestation.did.get(name, 0) + 7
 
-    def logits(self, prompt: list[int], step: int) -> np.ndarray:
+    def logits(self, prompt: list[int], step: int, hint: int | None = None) -> np.ndarray:
+        """Drawn; a model that has learned something favours `hint`, the better the more of the cache there is."""
         rng = np.random.default_rng((sum(prompt) % 9973, step))
         logits = 3 * rng.standard_normal(VOCAB)
+        if hint is not None and self.facts.language is not None:
+            logits[hint] += 15
         blur = 0.0 if self.budget == 1 else (0.9 if "h2o" in self.strategy else 0.4) * (1 - self.budget) ** 2
-        return (logits + blur * 3 * rng.standard_normal(VOCAB)).astype(np.float32)
+        return ((1 - blur) * logits + blur * 2 * rng.standard_normal(VOCAB)).astype(np.float32)
 
     def _end(self, request: _Request, reason: FinishReason) -> None:
         ended = RequestOutput(
-            request.output.request_id, 0, request.output.prompt_token_ids, request.output.token_ids,
+            request.output.request_id, request.output.index, request.output.prompt_token_ids, request.output.token_ids,
             list(request.output.new_token_ids), "", reason, None, None, request.output.metrics,
             request.output.attestation,
         )  # fmt: skip
@@ -233,7 +240,8 @@ class FakeBench:
         if "missing" in model:
             raise CapacityError(f"no model {model}")
         millions = float(re.search(r"(\d+)m", model)[1]) if re.search(r"(\d+)m", model) else 5.0
-        return ModelFacts(model, VOCAB, 4096, 4096, int(millions * 4e6), int(millions * 1e6))
+        language = LANGUAGE if model.startswith("builtin:") else None
+        return ModelFacts(model, VOCAB, 4096, 4096, int(millions * 4e6), int(millions * 1e6), language)
 
     def engine(self, model: str, strategy: str, memory_bytes: int | None) -> FakeEngine:
         if "hungry" in strategy:

@@ -2,7 +2,10 @@
 
 import math
 
-from kvwise.study.cells import CellKind, expand, framework_of
+import pytest
+
+from kvwise.core.errors import PlanError
+from kvwise.study.cells import Cell, CellKind, expand, framework_of
 from tests.study.conftest import PLAN, make_plan
 
 
@@ -32,10 +35,51 @@ def test_ids_are_unique_stable_and_depend_on_what_is_measured() -> None:
     assert not {c.id for c in cells} & {c.id for c in seeded}
 
 
-def test_blocks_that_ask_the_same_prompts_share_the_agreement() -> None:
-    text = PLAN.replace("context_lengths = [256]", "context_lengths = [128]").replace('"hungry"', '"full+prefix"')
-    quality = [c for c in expand(make_plan(text)) if c.kind is CellKind.QUALITY]
-    assert len(quality) == 2 * 5 + 2  # only `full` and `h2o 20%` of the second block are new
+def quality(text: str, **changes: object) -> list[Cell]:
+    plan = make_plan(text)
+    asked = plan.quality.model_copy(update=changes)
+    return expand(plan.model_copy(update={"quality": asked}), quality_only=True)
+
+
+def test_quality_is_measured_once_for_all_blocks_by_model_and_context() -> None:
+    cells = quality(PLAN)
+    assert {c.kind for c in cells} == {CellKind.QUALITY}
+    assert {(c.model, c.context) for c in cells} == {("random:3m", 512), ("random:13m", 512)}
+    # full, full+prefix, two budgets each of h2o and infinigen; h2o at another budget, and hungry.
+    assert len(cells) == 6 + 8
+    places = [(c.model, c.context) for c in cells]
+    assert places == sorted(places, key=places.index)  # what the full cache said is needed for one place at a time
+    own = quality(PLAN, context_lengths=())
+    assert {(c.model, c.context) for c in own} == {("random:3m", 128), ("random:13m", 128), ("random:13m", 256)}
+
+
+def test_the_full_cache_is_always_measured_first() -> None:
+    for text in (PLAN, PLAN.replace('"full", "h2o', '"h2o')):
+        cells = quality(text)
+        for model in ("random:3m", "random:13m"):
+            assert [c.strategy for c in cells if c.model == model].index("full") == 0
+
+
+def test_guides_are_measured_at_their_budgets_on_models_that_have_tasks() -> None:
+    text = PLAN.replace('"random:3m", "random:13m"', '"random:3m", "builtin:recall"')
+    cells = quality(text, guides=("window(budget={budget})", "topk(budget=0.3)"), guide_budgets=(0.4, 0.6))
+    guides = {(c.model, c.strategy, c.budget) for c in cells if c.framework in ("window", "topk")}
+    assert guides == {
+        ("builtin:recall", "window(budget=0.4)", 0.4),
+        ("builtin:recall", "window(budget=0.6)", 0.6),
+        ("builtin:recall", "topk(budget=0.3)", 0.3),
+    }
+
+
+def test_quality_only_leaves_out_all_else_and_keeps_the_names() -> None:
+    plan = make_plan()
+    only = expand(plan, quality_only=True)
+    assert only == expand(plan.model_copy(update={"quality_only": True}))
+    assert only == [c for c in expand(plan) if c.kind is CellKind.QUALITY]
+    silent = PLAN.replace('name = "main"', 'name = "main"\nquality = false')
+    assert {c.model for c in quality(silent)} == {"random:13m"}
+    with pytest.raises(PlanError, match="measures no quality"):
+        quality(silent.replace('name = "memory"', 'name = "memory"\nquality = false'))
 
 
 def test_axes_turn_into_plain_values() -> None:

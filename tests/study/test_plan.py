@@ -1,11 +1,15 @@
 """Plans: read strictly, written back, refused in one line that names the key and the way out."""
 
+import re
+
 import pytest
 
 from kvwise.core.errors import PlanError
-from kvwise.study.cells import check_strategies, expand
+from kvwise.methods.catalogue import parse
+from kvwise.study.cells import CellKind, check_strategies, expand
 from kvwise.study.overrides import Overrides, parse_goodput
-from kvwise.study.plan import default_plan, parse_memory, plan_hash, read_plan, read_plan_text
+from kvwise.study.plan import default_plan, parse_memory, plan_hash, quality_plan, read_plan, read_plan_text
+from kvwise.study.quality_section import Quality
 from kvwise.study.toml import to_toml
 from tests.study.conftest import PLAN, make_plan
 from tests.study.fake import FakeBench
@@ -13,7 +17,10 @@ from tests.study.fake import FakeBench
 BLOCK = '[[block]]\nname = "a"\nstrategies = ["full"]\nmodels = ["m"]\n[block.workload]\nkind = "random"\n'
 
 
-@pytest.mark.parametrize("text", [PLAN, BLOCK])
+RECORDS = '[quality]\nrecords = [{ kind = "ruler", file = "a.jsonl", limit = 3 }, { kind = "scbench", file = "b" }]\n'
+
+
+@pytest.mark.parametrize("text", [PLAN, BLOCK, RECORDS + BLOCK])
 def test_a_plan_survives_being_written_and_read(text: str) -> None:
     plan = make_plan(text)
     assert read_plan_text(to_toml(plan), "again") == plan
@@ -22,6 +29,7 @@ def test_a_plan_survives_being_written_and_read(text: str) -> None:
 def test_the_default_plan_varies_every_axis_and_survives_a_round_trip() -> None:
     plan = default_plan()
     assert read_plan_text(to_toml(plan), "again") == plan
+    assert "builtin:recall" in plan.block[0].models
     main = plan.block[0]
     assert (len(main.strategies), len(main.request_rates), len(main.models), len(main.budgets)) == (4, 3, 2, 3)
     for axis in ("strategies", "request_rates", "concurrency", "models", "budgets", "context_lengths", "memory"):
@@ -29,6 +37,23 @@ def test_the_default_plan_varies_every_axis_and_survives_a_round_trip() -> None:
     assert main.repeats >= 2
     assert plan.onoff is not None
     expand(plan)
+
+
+def test_the_quality_plan_measures_every_kind_of_method_and_nothing_else() -> None:
+    plan = quality_plan()
+    assert read_plan_text(to_toml(plan), "again") == plan
+    cells = expand(plan)
+    assert {c.kind for c in cells} == {CellKind.QUALITY}
+    assert {c.model for c in cells} == {"builtin:recall"}
+    check_strategies(plan, parse)
+    budgets = {c.budget for c in cells if c.framework == "h2o"}
+    assert budgets == {1.0, 0.75, 0.5, 0.25, 0.125, 0.06}
+
+
+def test_as_many_answers_as_the_standard_error_needs() -> None:
+    assert Quality(standard_error=0.05).num_answers == 100
+    assert Quality(standard_error=0.06).num_answers == 70
+    assert Quality(standard_error=0.25).num_answers == 4
 
 
 @pytest.mark.parametrize(
@@ -53,6 +78,17 @@ def test_the_default_plan_varies_every_axis_and_survives_a_round_trip() -> None:
         (BLOCK + BLOCK, ["two blocks are called 'a'"]),
         ('[links]\n"host:device" = "fast"\n' + BLOCK, ["host:device=fast"]),
         ("seed = 2020-01-01\n" + BLOCK, ["dates"]),
+        ('[quality]\ntasks = ["recal"]\n' + BLOCK, ["quality.tasks", "did you mean 'recall'"]),
+        ('[quality]\ntasks = ["needle(depth=2)"]\n' + BLOCK, ["quality.tasks", "depth=2"]),
+        ('[quality]\ntasks = ["copy", "copy"]\n' + BLOCK, ["quality.tasks names 'copy' twice"]),
+        ("[quality]\ntasks = []\n" + BLOCK, ["quality.tasks is empty", "'recall'"]),
+        ("[quality]\nstandard_error = 0.5\n" + BLOCK, ["quality.standard_error = 0.5", "0.25"]),
+        ("[quality]\nstandard_error = 0.001\n" + BLOCK, ["quality.standard_error = 0.001", "0.002"]),
+        ('[quality]\nprotocols = ["multi-trun"]\n' + BLOCK, ["quality.protocols[1] = 'multi-trun'", "'multi-turn'"]),
+        ("[quality]\nprotocols = []\n" + BLOCK, ["quality.protocols"]),
+        ('[[quality.records]]\nkind = "rulr"\nfile = "x"\n' + BLOCK, ["quality.records[1].kind", "'ruler'"]),
+        ("min_quality = 1.5\n" + BLOCK, ["min_quality = 1.5"]),
+        ("[quality]\nagreement = 3\n" + BLOCK, ["unknown key 'quality.agreement'"]),
     ],
 )
 def test_a_bad_plan_is_refused_in_one_line(text: str, words: list[str]) -> None:
@@ -108,11 +144,20 @@ def test_strategies_are_judged_before_anything_runs(strategy: str, budgets: list
     assert "block 'a'" in str(caught.value)
 
 
+def test_guides_are_judged_too() -> None:
+    for guides, words in (('["h3o"]', "quality.guides: strategy 'h3o': unknown method"),
+                          ('["h2o(budget={budget})"]', "needs budgets; add `guide_budgets")):  # fmt: skip
+        with pytest.raises(PlanError, match=re.escape(words)):
+            check_strategies(make_plan(f"[quality]\nguides = {guides}\n" + BLOCK), FakeBench().check_strategy)
+
+
 def test_the_hash_changes_with_what_is_measured_only() -> None:
     plan = make_plan()
-    same = plan.model_copy(update={"name": "other", "tie_margin": 0.2, "agreement_floor": 0.5, "slo": plan.slo})
+    same = plan.model_copy(update={"name": "other", "tie_margin": 0.2, "min_quality": 0.5, "quality_only": True})
     assert plan_hash(same) == plan_hash(plan)
     assert plan_hash(plan.model_copy(update={"seed": 1})) != plan_hash(plan)
+    asked = plan.quality.model_copy(update={"tasks": ("copy",)})
+    assert plan_hash(plan.model_copy(update={"quality": asked})) != plan_hash(plan)
 
 
 def test_memory_is_read_as_bytes_or_as_tokens_of_the_full_cache() -> None:
@@ -144,7 +189,7 @@ def test_the_command_line_replaces_axes_in_all_blocks() -> None:
         (Overrides(time_scale=2.0), "replays no trace"),
         (Overrides(goodput=["p99:3"]), "use ttft, tpot or e2el"),
         (Overrides(link=["host"]), "--link host"),
-        (Overrides(agreement_floor=2.0), "agreement_floor = 2.0"),
+        (Overrides(min_quality=2.0), "min_quality = 2.0"),
     ],
 )
 def test_bad_changes_are_refused(changes: Overrides, words: str) -> None:

@@ -11,6 +11,7 @@ from kvwise.study.cells import CellKind, expand
 from kvwise.study.plan import plan_hash
 from kvwise.study.record import StudyFolder, set_aside
 from kvwise.study.rows import PROVENANCE
+from kvwise.study.run import nominal_seconds, run_study
 from tests.study.conftest import Silent, make_plan, run_fake
 from tests.study.fake import FakeBench
 
@@ -42,7 +43,7 @@ def test_every_cell_ends_done_or_failed_with_its_reason(finished: Path) -> None:
     assert all(r["wall_s"] > 0 for r in rows if r["kind"] == CellKind.LIVE and r["status"] == "done")
 
 
-def test_rows_carry_requests_samples_agreement_and_provenance(finished: Path) -> None:
+def test_rows_carry_requests_samples_answers_and_provenance(finished: Path) -> None:
     requests = rows_of(finished, "requests")
     done = [r for r in requests if r["finish_reason"] == "length"]
     assert len(done) > 100
@@ -52,7 +53,7 @@ def test_rows_carry_requests_samples_agreement_and_provenance(finished: Path) ->
         assert r["tpot_s"] == pytest.approx(sum(r["itl_s"]) / len(r["itl_s"]))
     assert any(r["cached_tokens"] for r in done if r["strategy"] == "full+prefix")
     assert all(r["did"].get("h2o") for r in done if r["framework"] == "h2o")
-    for table in ("cells", "requests", "samples", "quality", "onoff"):
+    for table in ("cells", "requests", "samples", "answers", "onoff"):
         found = rows_of(finished, table)
         assert found
         assert all(r["plan_hash"] == plan_hash(make_plan()) and r["recorded_at"] for r in found)
@@ -134,8 +135,6 @@ def test_a_cell_that_measures_nothing_or_raises_is_recorded_as_failed(
 
 
 def test_failed_cells_are_run_again_when_asked(tmp_path: Path) -> None:
-    from kvwise.study.run import run_study
-
     plan = make_plan(TINY.replace("h2o(budget=0.2)", "broken"))
     assert len(run_fake(plan, tmp_path / "out").failed) == 3
     watcher = Silent()
@@ -166,6 +165,118 @@ def test_a_missing_model_or_trace_stops_before_anything_is_written(tmp_path: Pat
     with pytest.raises(PlanError, match=r"no\.jsonl is no file"):
         run_fake(make_plan(text), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+QUALITY = """
+quality_only = true
+[quality]
+tasks = ["recall", "counting", "continuation"]
+context_lengths = [128]
+standard_error = 0.15
+protocols = ["multi-turn", "multi-request"]
+guides = ["window(budget={budget})"]
+guide_budgets = [0.5]
+[[block]]
+name = "b"
+strategies = ["full", "full+prefix", "h2o(budget=0.2)"]
+models = ["builtin:recall", "random:3m"]
+[block.workload]
+kind = "random"
+"""
+
+
+def test_a_quality_cell_leaves_a_row_for_every_answer(tmp_path: Path) -> None:
+    progress = run_fake(make_plan(QUALITY), tmp_path / "out")
+    assert (len(progress.done), progress.failed, progress.left) == (4 + 3, (), ())
+    rows = rows_of(tmp_path / "out", "answers")
+    asked = [(r["task"], r["protocol"], r["episode"], r["question"], r["num_tokens"], r["depth"]) for r in rows]
+    told = [r for r in rows if r["model"] == "builtin:recall"]
+    by_strategy = {s: [a for a, r in zip(asked, rows, strict=True) if r["strategy"] == s and r in told] for s in
+                   ("full", "full+prefix", "h2o(budget=0.2)", "window(budget=0.5)")}  # fmt: skip
+    assert len(by_strategy["full"]) > 50
+    assert all(same == by_strategy["full"] for same in by_strategy.values())
+    for r in told:
+        assert (r["right"] is None) == (r["task"] == "continuation")
+        assert 0 <= r["same_top1"] <= 1 and r["kl_nats"] >= 0 and r["nll_nats"] >= 0 and r["score"] is None
+    forced = [r for r in rows if r["model"] == "random:3m"]
+    assert len(forced) == 3 * 4
+    assert {(r["task"], r["protocol"], r["right"], r["nll_nats"]) for r in forced} == {
+        ("agreement", "forced", None, None)
+    }
+    cells = rows_of(tmp_path / "out")
+    assert all(r["kv_bytes_per_token"]["device"] > 0 for r in cells)
+    assert all(r["did"].get(r["framework"]) for r in cells if r["framework"] in ("h2o", "window"))
+
+
+def test_a_killed_exam_goes_on_with_the_same_questions(tmp_path: Path) -> None:
+    plan = make_plan(QUALITY)
+    with pytest.raises(KeyboardInterrupt):
+        run_fake(plan, tmp_path / "out", Silent(stop_after=2))
+    run_fake(plan, tmp_path / "out")
+    run_fake(plan, tmp_path / "whole")
+    drop = ("recorded_at",)
+    one, other = ([{k: v for k, v in r.items() if k not in drop} for r in rows_of(tmp_path / name, "answers")] for
+                  name in ("out", "whole"))  # fmt: skip
+    assert one == other
+
+
+def test_a_quality_study_goes_on_with_its_traffic(tmp_path: Path) -> None:
+    plan = make_plan(QUALITY)
+    run_fake(plan, tmp_path / "out")
+    watcher = Silent()
+    progress = run_fake(plan.model_copy(update={"quality_only": False}), tmp_path / "out", watcher)
+    assert watcher.recorded == 7
+    assert {r.cell.kind for r in watcher.results} == {CellKind.LIVE}
+    assert not progress.left
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fails"), [("idle", True), ("idle(budget=0.5)", True), ("idle(budget=1.0)", False)]
+)
+def test_an_exam_in_which_a_method_did_nothing_fails_unless_it_kept_all(
+    tmp_path: Path, strategy: str, fails: bool
+) -> None:
+    progress = run_fake(make_plan(QUALITY.replace("h2o(budget=0.2)", strategy)), tmp_path / "out")
+    assert [why.partition(":")[0] for _, why in progress.failed] == ["IdleMethod"] * 2 * fails
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[128]", "[16]", r"quality on builtin:recall at context length 16: task 'counting'.*needs at least"),
+        ("[128]", "[4090]", r"at context length 4090: recall 0: 4090 tokens of context.*more than the 4096 positions"),
+        (
+            "[[block]]",
+            '[[quality.records]]\nkind = "ruler"\nfile = "no.jsonl"\n[[block]]',
+            r"quality.records.*no\.jsonl",
+        ),
+    ],
+)
+def test_what_a_model_cannot_be_asked_stops_before_anything_is_written(
+    tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    with pytest.raises(PlanError, match=words):
+        run_fake(make_plan(QUALITY.replace(old, new)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_records_need_a_model_that_reads_text(tmp_path: Path) -> None:
+    file = tmp_path / "niah_single_1.jsonl"
+    asked = "Some text. What is the special magic number for it mentioned in the provided text?"
+    line = {"index": 0, "input": asked, "answer_prefix": " It is", "outputs": ["7"], "length": 5}
+    file.write_text(json.dumps(line) + "\n")
+    text = QUALITY.replace("[[block]]", f'[[quality.records]]\nkind = "ruler"\nfile = "{file}"\n[[block]]')
+    with pytest.raises(PlanError, match="no model of the plan reads text"):
+        run_fake(make_plan(text), tmp_path / "out")
+
+
+def test_the_length_of_an_exam_is_guessed_from_its_questions() -> None:
+    cells = expand(make_plan(QUALITY))
+    told, forced = ([c for c in cells if c.model == m] for m in ("builtin:recall", "random:3m"))
+    # 3 tasks of 6 episodes under 2 protocols against 4 prompts, by a model that is 6 times as fast.
+    assert nominal_seconds(told[0]) - 0.3 == pytest.approx(9 / 6 * (nominal_seconds(forced[0]) - 0.3))
+    short = make_plan(QUALITY.replace("standard_error = 0.15", "standard_error = 0.02"))
+    assert nominal_seconds(expand(short)[0]) > 5 * nominal_seconds(told[0])
 
 
 def snapshot(path: Path) -> dict[str, bytes]:
@@ -221,8 +332,11 @@ def test_a_later_format_is_refused(copied: Path) -> None:
     (copied / "study.json").write_text(json.dumps(marker | {"format": 99}))
     with pytest.raises(UsageError, match="format 99"):
         StudyFolder.open(copied)
+    with pytest.raises(UsageError, match="format 99"):
+        run_fake(make_plan(), copied)
     with pytest.raises(UsageError, match="is no study"):
         StudyFolder.open(copied / "cells")
+    assert set_aside(copied, make_plan()) == copied.with_name("out.1")
 
 
 def test_merged_tables_hold_all_rows(copied: Path) -> None:

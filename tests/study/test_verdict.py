@@ -6,28 +6,31 @@ import pytest
 
 from kvwise.study import words
 from kvwise.study.bootstrap import Interval
+from kvwise.study.estimate import Estimate
 from kvwise.study.plan import Plan
-from kvwise.study.recommend import judge
+from kvwise.study.recommend import Rejection, judge
+from kvwise.study.scores import Basis, QualityFigures, TaskFigures
 from kvwise.study.summary import Condition, Figures, Study, Who, load_study
-from kvwise.study.verdict import Measure, crossovers, decide
+from kvwise.study.verdict import Measure, crossovers, decide, reaches
+from tests.study.answers import figures_of, make_study, point
 from tests.study.conftest import make_plan
 
 FULL, H2O, SMALL = Who("full", None, "full"), Who("h2o", 0.5, "h2o(budget=0.5)"), Who("h2o", 0.1, "h2o(budget=0.1)")
 HERE = Condition("main", "m", 128, "auto", float("inf"), 8.0)
 
 
-def point(value: float, width: float = 0.0) -> Interval:
-    return Interval(value, value - width, value + width)
+def quality(who: Who, score: float | None, error: float = 0.02, basis: Basis = Basis.TASKS) -> QualityFigures:
+    found = None if score is None else Estimate(score, error, 400)
+    asked = TaskFigures("recall", "multi-turn", 400, 20, found, None, found, Estimate(0.1, 0.01, 400))
+    return QualityFigures("m", 128, who, (asked,), found, found, None, {"device": 64.0}, basis)
 
 
 def figures(
-    who: Who, good: Interval, rate: float = 10, latency: float = 1, agree: float | None = 1, **more: object
+    who: Who, good: Interval, rate: float = 10, latency: float = 1, score: float | None = 1, **more: object
 ) -> Figures:
-    given = Figures(
-        condition=HERE, who=who, repeats=2, num_requests=10, num_finished=10, num_cut=0, goodput=good,
-        request_rate=good, output_rate=point(rate), total_rate=point(rate), attainment=1.0, ttft={}, tpot={}, itl={},
-        e2e={50.0: point(latency)}, peak_kv={"device": 100.0}, mean_kv={"device": 50.0}, pool_bytes=1000,
-        hit_ratio=None, preemptions=0, links={}, agreement=None if agree is None else point(agree),
+    given = figures_of(
+        who, 10.0, condition=HERE, goodput=good, request_rate=good, output_rate=point(rate), total_rate=point(rate),
+        e2e={50.0: point(latency)}, quality=None if score is None else quality(who, score),
     )  # fmt: skip
     return replace(given, **more)  # type: ignore[arg-type]
 
@@ -57,7 +60,7 @@ def test_overlapping_intervals_tie_and_the_next_measure_decides() -> None:
 
 
 def test_small_differences_tie_however_narrow_the_intervals() -> None:
-    decision = decide([figures(FULL, point(5)), figures(H2O, point(5.1), agree=0.5)], plan(tie_margin=0.05))
+    decision = decide([figures(FULL, point(5)), figures(H2O, point(5.1), score=0.5)], plan(tie_margin=0.05))
     assert decision.winner is None
     assert [f.who for f in decision.tied] == [H2O, FULL]
     assert decision.pick is not None
@@ -78,22 +81,90 @@ def test_without_service_levels_throughput_decides() -> None:
     assert decision.by is Measure.THROUGHPUT
 
 
-def test_strategies_below_the_agreement_floor_do_not_win() -> None:
-    group = [figures(FULL, point(5)), figures(H2O, point(9), agree=0.4), figures(SMALL, point(9), agree=None)]
-    decision = decide(group, plan(agreement_floor=0.9))
+def test_the_quality_floor_changes_the_winner_and_says_who_would_have_won() -> None:
+    group = [figures(FULL, point(5)), figures(H2O, point(9), score=0.4), figures(SMALL, point(9), score=None)]
+    free = decide(group[:2], plan())
+    assert free.winner is not None
+    assert (free.winner.who, free.below_floor, free.without_floor) == (H2O, (), None)
+    decision = decide(group, plan(min_quality=0.9))
     assert decision.winner is not None
     assert decision.winner.who == FULL
     assert [f.who for f in decision.below_floor] == [H2O, SMALL]
-    none = decide(group[1:], plan(agreement_floor=0.9))
-    assert words.outcome(none) == "no strategy reaches the agreement floor"
+    assert words.without_floor(decision) == "without the floor: tie: h2o 50%, h2o 10%"
+    none = decide(group[1:], plan(min_quality=0.9))
+    assert words.outcome(none) == "no strategy reaches the quality floor"
     assert none.pick is None
+    assert words.without_floor(none).startswith("without the floor: ")
+
+
+def test_a_floor_that_rejects_only_losers_changes_nothing_but_names_them() -> None:
+    group = [figures(FULL, point(9)), figures(H2O, point(5), score=0.4)]
+    decision = decide(group, plan(min_quality=0.9))
+    assert decision.winner is not None
+    assert (decision.winner.who, decision.without_floor) == (FULL, None)
+    assert [f.who for f in decision.below_floor] == [H2O]
+
+
+def test_a_score_at_the_floor_reaches_it_and_what_was_not_measured_reaches_none() -> None:
+    assert reaches(quality(H2O, 0.9), 0.9)
+    assert not reaches(quality(H2O, 0.8999), 0.9)
+    assert not reaches(None, 0.0)
+    assert not reaches(quality(H2O, None), 0.0)
+    assert reaches(None, None)
+
+
+def test_whoever_is_left_out_is_told_with_error_and_grounds() -> None:
+    given = [
+        Rejection("m", H2O, quality(H2O, 0.62, 0.03)),
+        Rejection("m", FULL, quality(FULL, 0.88, 0.03)),
+        Rejection("m", SMALL, None),
+        Rejection("m", SMALL, quality(SMALL, None)),
+        Rejection("random:3m", H2O, quality(H2O, 0.62, 0.03, Basis.AGREEMENT)),
+    ]
+    assert [words.shortfall(r, 0.9) for r in given] == [
+        "h2o 50%: score 0.62 ± 0.03",
+        "full: score 0.88 ± 0.03, within the error of the floor",
+        "h2o 10%: its quality was not measured",
+        "h2o 10%: no task of context 128 has right answers that the full cache knows",
+        "h2o 50%: agreement 0.62 ± 0.03",
+    ]
+    grounds = [ground for ground, _ in words.rejections(given, 0.9)]
+    assert grounds == [
+        "m: right answers over the full cache's, 1 task, 400 answers, context 128",
+        "m",
+        "3m: most likely tokens that are the full cache's, random prompts, context 128",
+    ]
+
+
+def test_a_recommendation_holds_the_floor_under_every_condition() -> None:
+    there = replace(HERE, rate=16.0)
+    mine = [figures(FULL, point(5)), figures(H2O, point(9), score=0.95)]
+    mine += [figures(FULL, point(5), condition=there), figures(H2O, point(9), score=0.8, condition=there)]
+    study = Study("s", plan(), [], [], [], [], [], figures=mine)
+    assert [r.figures.who for r in judge(study).recommendations] == [H2O]
+    floored = replace(study, plan=plan(min_quality=0.9))
+    (advice,) = judge(floored).recommendations
+    assert (advice.figures.who, advice.without_floor and advice.without_floor.who) == (FULL, H2O)
+    assert [r.who for r in judge(floored).rejections] == [H2O]
+    assert words.advice(advice).endswith("; its answers are what quality is measured by")
+    (free,) = judge(study).recommendations
+    assert "gives 0.95 ± 0.02 of the full cache's right answers (context 128)" in words.advice(free)
+
+
+def test_without_traffic_the_floor_judges_what_was_measured() -> None:
+    study = make_study(plan(min_quality=0.9), live=False)
+    verdict = judge(study)
+    assert (verdict.decisions, verdict.recommendations) == ((), ())
+    below = {q.who.strategy for q in study.qualities if q.score is not None and q.score.value < 0.9}
+    assert {r.who.strategy for r in verdict.rejections} == below
+    assert 0 < len(below) < len(study.qualities)
 
 
 def at(rate: float, full: float, h2o: float) -> list[Figures]:
     here = replace(HERE, rate=rate)
     return [
         replace(figures(FULL, point(full)), condition=here),
-        replace(figures(H2O, point(h2o), agree=0.5), condition=here),
+        replace(figures(H2O, point(h2o), score=0.5), condition=here),
     ]
 
 
@@ -129,7 +200,8 @@ def test_figures_add_up(opened) -> None:
         assert f.goodput.value <= f.request_rate.value + 1e-9
         assert f.output_rate.value < f.total_rate.value
         assert f.ttft[50.0].value <= f.ttft[99.0].value <= f.e2e[99.0].value
-    full = {a.who.label: a for a in study.agreements if a.model == "random:3m"}
+    full = {q.who.label: q for q in study.qualities if q.model == "random:3m"}
+    assert full["full+prefix"].top1 is not None
     assert full["full+prefix"].top1.value == 1
     assert full["h2o 10%"].top1.value < full["h2o 50%"].top1.value
     assert full["h2o 10%"].kl.value > full["h2o 50%"].kl.value
@@ -141,6 +213,20 @@ def test_figures_add_up(opened) -> None:
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert words.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (Estimate(0.756, 0.0213, 9), "0.76 ± 0.02"),
+        (Estimate(0.9634, 0.0052, 9), "0.963 ± 0.005"),
+        (Estimate(0.0, 0.0048, 9), "0.000 ± 0.005"),
+        (Estimate(1.0, 0.0, 9), "1"),
+        (None, "–"),
+    ],
+)
+def test_estimates_are_told_with_one_standard_error(found: Estimate | None, text: str) -> None:
+    assert words.estimate(found) == text
 
 
 def test_cut_requests_count_with_the_time_they_waited(opened) -> None:

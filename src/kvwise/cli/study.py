@@ -59,7 +59,15 @@ Burstiness = Annotated[float | None, typer.Option(help="1: Poisson; below: burst
 Goodput = Annotated[
     list[str] | None, typer.Option(help="Service levels: ttft:500 tpot:50 (ms).", rich_help_panel=Change)
 ]
-Floor = Annotated[float | None, typer.Option(help="Leave out strategies below it, 0 to 1.", rich_help_panel=Change)]
+Floor = Annotated[
+    float | None,
+    typer.Option("--min-quality", help="Let no strategy win whose quality is below, 0 to 1.", rich_help_panel=Change),
+]
+Task = Annotated[list[str] | None, typer.Option(help="What is asked: recall, ...; repeat.", rich_help_panel=Change)]
+Protocol = Annotated[list[str] | None, typer.Option(help="multi-turn, multi-request.", rich_help_panel=Change)]
+QualityOnly = Annotated[
+    bool, typer.Option("--quality-only", help="Measure answers only, no traffic; without a plan: the quality plan.")
+]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds for this run.", rich_help_panel=Change)]
 Seed = Annotated[int | None, typer.Option(rich_help_panel=Change)]
 Dtype = Annotated[str | None, typer.Option(rich_help_panel=Change)]
@@ -77,15 +85,15 @@ def study(
     output: Annotated[Path | None, typer.Option("--output", "--out", "-o", help="Folder for rows and report.")] = None,
     as_json: Json = False,
     overwrite_own: Aside = False,
+    quality_only: QualityOnly = False,
 ) -> None:
     """Measure strategies side by side and say what to run. Without a command: run the default plan."""
     if context.invoked_subcommand is None:
-        from kvwise.study.plan import default_plan
-
         folder = Path(DEFAULT_OUTPUT) if output is None else output
-        _run(default_plan(), folder, as_json=as_json, overwrite_own=overwrite_own, retry_failed=False)
+        chosen = _read(None, None, quality_only=quality_only)
+        _run(chosen, folder, as_json=as_json, overwrite_own=overwrite_own, retry_failed=False)
         return
-    given = [context.get_parameter_source(option) for option in ("output", "as_json", "overwrite_own")]
+    given = [context.get_parameter_source(o) for o in ("output", "as_json", "overwrite_own", "quality_only")]
     if any(source is not None and source.name == "COMMANDLINE" for source in given):
         name = context.invoked_subcommand
         raise UsageError(f"options go behind the command: kvwise study {name} ... (see kvwise study {name} --help)")
@@ -98,6 +106,7 @@ def run(
     as_json: Json = False,
     overwrite_own: Aside = False,
     retry_failed: Retry = False,
+    quality_only: QualityOnly = False,
     model: Model = None,
     strategy: StrategyText = None,
     budget: Budget = None,
@@ -109,7 +118,9 @@ def run(
     num_prompts: NumPrompts = None,
     burstiness: Burstiness = None,
     goodput: Goodput = None,
-    agreement_floor: Floor = None,
+    min_quality: Floor = None,
+    task: Task = None,
+    protocol: Protocol = None,
     time_limit: TimeLimit = None,
     seed: Seed = None,
     dtype: Dtype = None,
@@ -127,27 +138,28 @@ def run(
         model=model or (), strategy=strategy or (), budget=budget or (), request_rate=request_rate or (),
         max_concurrency=max_concurrency or (), context_length=context_length or (), memory=memory or (),
         repeats=repeats, num_prompts=num_prompts, burstiness=burstiness, goodput=goodput or (),
-        agreement_floor=agreement_floor, time_limit=time_limit, seed=seed, dtype=dtype, link=link or (),
+        min_quality=min_quality, time_limit=time_limit, seed=seed, dtype=dtype, link=link or (),
         trace=trace, trace_block_size=trace_block_size, length_scale=length_scale, time_scale=time_scale,
-        block=block or (),
+        block=block or (), task=task or (), protocol=protocol or (),
     )  # fmt: skip
-    _run(_read(plan_file, changes), output, as_json=as_json, overwrite_own=overwrite_own, retry_failed=retry_failed)
+    chosen = _read(plan_file, changes, quality_only=quality_only)
+    _run(chosen, output, as_json=as_json, overwrite_own=overwrite_own, retry_failed=retry_failed)
 
 
 @app.command()
 def plan(
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.toml]", help="Default: the built-in plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
+    quality_only: QualityOnly = False,
 ) -> None:
     """Print a plan as TOML on standard output, and how many cells it has on standard error."""
     from kvwise.study.cells import check_strategies, expand
-    from kvwise.study.overrides import Overrides
-    from kvwise.study.plan import default_plan_text, plan_hash
+    from kvwise.study.plan import default_plan_text, plan_hash, quality_plan_text
     from kvwise.study.progress import clock_time
     from kvwise.study.run import nominal_seconds
     from kvwise.study.toml import to_toml
 
-    chosen = _read(plan_file, Overrides())
+    chosen = _read(plan_file, None, quality_only=quality_only)
     check_strategies(chosen, _parse)
     cells = expand(chosen)
     if as_json:
@@ -157,7 +169,8 @@ def plan(
         ]
         typer.echo(json.dumps({"plan": chosen.name, "hash": plan_hash(chosen), "cells": facts}, indent=1))
         return
-    typer.echo(default_plan_text() if plan_file is None else to_toml(chosen), nl=False)
+    built_in = quality_plan_text if quality_only else default_plan_text
+    typer.echo(built_in() if plan_file is None else to_toml(chosen), nl=False)
     seconds = clock_time(sum(map(nominal_seconds, cells)))
     typer.echo(f"{len(cells)} cells, at least {seconds}, hash {plan_hash(chosen)}", err=True)
 
@@ -184,13 +197,13 @@ def report(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
     as_json: Json = False,
     goodput: Goodput = None,
-    agreement_floor: Floor = None,
+    min_quality: Floor = None,
 ) -> None:
     """Write the report of a study again, also of one that is not finished, perhaps with other service levels."""
     from kvwise.study.overrides import Overrides
 
     opened, chosen = _open(folder)
-    _report(opened, Overrides(goodput=goodput or (), agreement_floor=agreement_floor).apply(chosen), as_json=as_json)
+    _report(opened, Overrides(goodput=goodput or (), min_quality=min_quality).apply(chosen), as_json=as_json)
 
 
 @app.command()
@@ -262,10 +275,14 @@ def _open(folder: Path) -> "tuple[StudyFolder, Plan]":
     return StudyFolder.open(folder)
 
 
-def _read(plan_file: Path | None, changes: "Overrides") -> "Plan":
-    from kvwise.study.plan import default_plan, read_plan
+def _read(plan_file: Path | None, changes: "Overrides | None", *, quality_only: bool) -> "Plan":
+    """The plan of a file, or a built-in one, with the changes made; `quality_only` leaves its traffic out."""
+    from kvwise.study.plan import default_plan, quality_plan, read_plan
 
-    return changes.apply(default_plan() if plan_file is None else read_plan(plan_file))
+    built_in = quality_plan if quality_only else default_plan
+    plan = built_in() if plan_file is None else read_plan(plan_file)
+    plan = plan if changes is None else changes.apply(plan)
+    return plan.model_copy(update={"quality_only": True}) if quality_only else plan
 
 
 def _parse(text: str) -> object:

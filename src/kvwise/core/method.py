@@ -22,6 +22,7 @@ class Trait(StrEnum):
     """What a method needs of the engine or does to the KV; pairs are judged by these alone."""
 
     NEEDS_EVERY_ROW = "ranks tokens by the attention of every prompt row"
+    NEEDS_LAST_ROWS = "ranks tokens by the attention of the prompt's last rows"
     SKIPS_ROWS = "reuses KV, so the rows of the reused tokens are never computed"
     OWNS_PAGES = "rearranges a request's pages after prefill"
     PRIVATE = "makes the kept bytes depend on the request"
@@ -70,6 +71,8 @@ class Method:
 
 def _show(value: object) -> str:
     """Short where that says it all: what is printed parses back to the same value."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return short if float(short := f"{value:g}") == value else repr(value)
     return str(value)

@@ -34,6 +34,19 @@ class Batch:
     sampled: list[Scheduled]
 
 
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """The rows of a step that share a line of the block table: `num_tokens` rows of row `row`, up to position `end`.
+
+    The last `num_counted` of them count towards the mass.
+    """
+
+    row: int
+    num_tokens: int
+    end: int
+    num_counted: int
+
+
 class BatchBuilder:
     """Lays out steps for one engine."""
 
@@ -73,14 +86,17 @@ class BatchBuilder:
 
     def _block_part(self, items: Sequence[Scheduled], num_rows: int) -> BlockPart:
         size = self._arena.layout.block_size
-        rows = np.array([s.sequence.row for s in items])
-        counts = np.array([s.num_tokens for s in items])
-        lengths = np.array([s.sequence.num_computed for s in items]) + counts
+        lines = [line for item in items for line in self._lines(item)]
+        rows = np.array([line.row for line in lines])
+        counts = np.array([line.num_tokens for line in lines])
+        lengths = np.array([line.end for line in lines])
         longest = int(-(-lengths.max() // size))
         tables = self._cache.tables[rows, :longest]
         positions = _ranges(lengths - counts, counts)
-        blocks = tables[np.repeat(np.arange(len(items)), counts), positions // size].astype(np.int64)
+        blocks = tables[np.repeat(np.arange(len(lines)), counts), positions // size].astype(np.int64)
         self._start_columns(blocks, positions)
+        counted = [line.num_counted for line in lines]
+        every = all(line.num_counted == line.num_tokens for line in lines)
         return BlockPart(
             slice(0, num_rows),
             self._kernels,
@@ -89,9 +105,30 @@ class BatchBuilder:
             torch.from_numpy(tables).to(self._device),
             torch.from_numpy(lengths.astype(np.int32)).to(self._device),
             self._tensor(blocks * size + positions % size),
-            mass=self._placement.wants_mass,
+            mass=self._placement.wants_mass and any(counted),
+            mass_rows=None if every else torch.tensor(counted, dtype=torch.int32, device=self._device),
             observer=self._placement.observer([(s.sequence, s.num_tokens) for s in items]),
         )
+
+    def _lines(self, item: Scheduled) -> list["_Line"]:
+        """A sequence's rows as one line of the block table, or as two where rows behind its prompt do not count.
+
+        Only the last rows of a line can count towards the mass, and a request that was preempted is computed again
+        with its output, whose rows come last.
+        """
+        sequence = item.sequence
+        assert sequence.row is not None
+        start, end = sequence.num_computed, sequence.num_computed + item.num_tokens
+        observed = self._placement.observed_rows(sequence.num_prompt)
+        if observed is None:
+            return [_Line(sequence.row, item.num_tokens, end, item.num_tokens)]
+        prompt_end = max(start, min(end, sequence.num_prompt))
+        first_counted = max(start, sequence.num_prompt - observed)
+        lines = [
+            _Line(sequence.row, prompt_end - start, prompt_end, max(0, prompt_end - first_counted)),
+            _Line(sequence.row, end - prompt_end, end, 0),
+        ]
+        return [line for line in lines if line.num_tokens]
 
     def _start_columns(self, blocks: Int64, positions: Int64) -> None:
         """New tokens have their position and have received no attention yet, in all layers and heads."""

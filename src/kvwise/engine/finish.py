@@ -91,7 +91,7 @@ class Finisher:
         """The other samples of a request whose prompt is computed: they share its blocks, or queue up for their own."""
         twins = []
         for sibling in sequence.siblings:
-            if self._memory.placement.forks and self._share(sequence, sibling):
+            if self._share(sequence, sibling):
                 twins.append(sibling)
             else:
                 self._scheduler.add(sibling)
@@ -105,6 +105,10 @@ class Finisher:
         try:
             sibling.row, moves = self._memory.cache.fork(sequence.row)
         except CapacityError:
+            return False
+        if not self._memory.placement.fork(sequence, sibling):
+            self._memory.cache.release(sibling.row)
+            sibling.row = None
             return False
         self._copy_blocks(moves)
         sibling.num_computed = sequence.num_computed

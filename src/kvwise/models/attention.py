@@ -95,7 +95,8 @@ class BlockPart:
     """Sequences in whole blocks: one int32 table [B, N] shared by all layers and heads.
 
     `slots` int64 [T] is where each new token goes (block * block_size + offset). With `mass`, the attention that
-    each key receives is added to the arena's mass column.
+    each key receives is added to the arena's mass column: that of all rows, or of the last `mass_rows` int32 [B] of
+    each line of the table. Neighbouring lines may be pieces of one sequence, of which some rows count and others not.
     """
 
     rows: slice
@@ -106,6 +107,7 @@ class BlockPart:
     lengths: Tensor
     slots: Tensor
     mass: bool = False
+    mass_rows: Tensor | None = None
     observer: Observer | None = None
 
     def attend(
@@ -136,7 +138,9 @@ class BlockPart:
         )
         if self.observer is not None:
             self.observer.observe(layer, queries, keys)
-        found = self.kernels.attend(queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap)
+        found = self.kernels.attend(
+            queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap, mass_rows=self.mass_rows
+        )
         return found.out
 
 

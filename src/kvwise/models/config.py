@@ -14,6 +14,7 @@ from kvwise.core.errors import UnsupportedModel, UsageError
 from kvwise.models.quiet import quiet
 
 MAX_CONFIG_BYTES = 10_000_000
+LANGUAGE_KEY, TOKEN_LANGUAGE = "kvwise_language", "token"
 
 # Key of a config.json -> (smallest, largest) value taken for serious. One thing has several spellings.
 _LAYERS, _WIDTH, _HEADS = (1, 1_000), (1, 200_000), (1, 4_096)
@@ -51,6 +52,11 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCon
     return config
 
 
+def speaks_tokens(config: PreTrainedConfig) -> bool:
+    """Whether the config says that its model speaks the token language of kvwise's tasks."""
+    return getattr(config, LANGUAGE_KEY, None) == TOKEN_LANGUAGE
+
+
 def one_line(error: Exception) -> str:
     """The first line of an error of somebody else's."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -71,6 +77,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
+    if raw.get(LANGUAGE_KEY, TOKEN_LANGUAGE) != TOKEN_LANGUAGE:
+        raise UsageError(
+            f"{path}: {LANGUAGE_KEY}={raw[LANGUAGE_KEY]!r} is not known: it is {TOKEN_LANGUAGE!r} or absent"
+        )
     for key, value in raw.items():
         if isinstance(value, dict) and key in ("text_config", "llm_config"):
             _check_values(path, value)

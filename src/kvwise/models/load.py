@@ -1,4 +1,4 @@
-"""Loading a causal LM: from a folder, the Hugging Face hub, a config.json or by a `random:` name."""
+"""Loading a causal LM: from a folder, the Hugging Face hub, a config.json or by a `builtin:` or `random:` name."""
 
 import logging
 import re
@@ -9,19 +9,21 @@ import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvwise.core.errors import UsageError
 from kvwise.models import gptneo, hook, random
+from kvwise.models.builtin import BUILTIN, builtin_folders
 from kvwise.models.checkpoint import Checkpoint, open_checkpoint
-from kvwise.models.config import one_line, read_config
+from kvwise.models.checksums import verify
+from kvwise.models.config import one_line, read_config, speaks_tokens
 from kvwise.models.loaded import LoadedModel
 from kvwise.models.packed import pack
 from kvwise.models.precision import choose_dtype
 from kvwise.models.probe import probe, vocab_size
 from kvwise.models.quiet import quiet
 from kvwise.models.support import ARCHITECTURES, tiny_config
-from kvwise.models.text import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
+from kvwise.models.text import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, WordTokenizer
 
 RANDOM = "random:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -38,16 +40,18 @@ def load_model(
 ) -> LoadedModel:
     """Loads the model `name` and hooks its attention.
 
-    `name` is a folder, a hub id, a path to a config.json (random weights of that shape), or `random:` and a
-    name of `RANDOM_MODELS` or `<model_type>-tiny`. `seed` draws random weights. `dtype` is auto, float32,
-    bfloat16 or float16; auto is the checkpoint's, but float32 where the device computes half precision
-    slowly.
+    `name` is a folder, a hub id, a path to a config.json (random weights of that shape), `builtin:` and the name of a
+    model that comes with the package, or `random:` and a name of `RANDOM_MODELS` or `<model_type>-tiny`. `seed` draws
+    random weights. `dtype` is auto, float32, bfloat16 or float16; auto is the checkpoint's, but float32 for built-in
+    models and where the device computes half precision slowly.
 
     Raises UsageError for what cannot be read, UnsupportedModel for what can be but cannot be served.
     """
     target = _device(device)
     if name.startswith(RANDOM):
         return _load_random(name, _random_config(name), dtype, target, seed)
+    if name.startswith(BUILTIN):
+        return _load_builtin(name, dtype, target)
     path = Path(name).expanduser()
     if path.suffix == ".json":
         return _load_random(name, read_config(path), dtype, target, seed)
@@ -83,6 +87,17 @@ def _load_random(name: str, config: PreTrainedConfig, dtype: str, device: torch.
     model = _moved(model, device, chosen)
     tokenizer = ByteTokenizer(vocab_size(model))
     return _finish(name, random.revision(config, seed), model, tokenizer)
+
+
+def _load_builtin(name: str, dtype: str, device: torch.device) -> LoadedModel:
+    """In float32 unless asked otherwise, whatever it is stored in: its answers are to be the same everywhere."""
+    known = builtin_folders()
+    short = name.removeprefix(BUILTIN)
+    if short not in known:
+        names = ", ".join(BUILTIN + folder for folder in known) or "none: reinstall kvwise"
+        raise UsageError(f"no built-in model is called {short!r}; there is {names}")
+    verify(known[short])
+    return _load_folder(name, known[short], None, "float32" if dtype == "auto" else dtype, device, False)
 
 
 def _load_folder(
@@ -161,9 +176,12 @@ def _tokenizer(checkpoint: Checkpoint, model: PreTrainedModel, trust_remote_code
     if not checkpoint.has_tokenizer:
         _log.warning("%s has no tokenizer: text is read and written as UTF-8 bytes", checkpoint.folder)
         return ByteTokenizer(num_ids)
+    words = speaks_tokens(model.config)
+    # For Qwen2's architecture AutoTokenizer takes Qwen2's class, whatever class the folder names.
+    kind: Any = PreTrainedTokenizerFast if words else AutoTokenizer
     try:
         with quiet():
-            inner = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+            inner = kind.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer files are parsed by several libraries
         raise UsageError(f"the tokenizer in {checkpoint.folder} cannot be read: {one_line(error)}") from error
     largest = max(inner.get_vocab().values(), default=-1)
@@ -172,7 +190,7 @@ def _tokenizer(checkpoint: Checkpoint, model: PreTrainedModel, trust_remote_code
             f"the tokenizer in {checkpoint.folder} has ids up to {largest}, the model embeds {num_ids}:"
             " they do not belong together"
         )
-    return HuggingFaceTokenizer(inner)
+    return WordTokenizer(inner) if words else HuggingFaceTokenizer(inner)
 
 
 def _check_fits(name: str, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvwise.models.config import speaks_tokens
 from kvwise.models.text import Tokenizer
 
 
@@ -49,6 +50,11 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     keeps_rows: bool  # the model's forward takes `logits_to_keep`
+
+    @property
+    def speaks_tokens(self) -> bool:
+        """Whether the model was trained on the token language of `vocab_size` ids (`tasks.token_language`)."""
+        return speaks_tokens(self.config)
 
 
 def layer_modules(loaded: LoadedModel) -> list[nn.Module]:

@@ -105,6 +105,21 @@ class HuggingFaceTokenizer:
         return self.encode(text, add_special=False)
 
 
+class WordTokenizer(HuggingFaceTokenizer):
+    """A tokenizer that knows single words between blanks and no others, as that of the built-in model."""
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """See Tokenizer; an unknown word is a UsageError."""
+        vocabulary = self.inner.get_vocab()
+        strange = next((word for word in text.split() if word not in vocabulary), None)
+        if strange is not None:
+            raise UsageError(
+                f"{strange!r} is no word of this model, which speaks a language of its own, such as"
+                " 'KEY k3 v8 QUERY k3' (see docs/builtin-model.md): use its words, or give token ids"
+            )
+        return super().encode(text, add_special=add_special)
+
+
 class Detokenizer:
     """Turns a growing list of tokens into text piece by piece; the pieces never end in half a character.
 

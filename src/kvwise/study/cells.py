@@ -4,22 +4,25 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import product
 
 from kvwise.core.errors import PlanError, StrategyError
-from kvwise.study.plan import Block, Load, OnOff, Plan, Quality, TraceFile, Workload
+from kvwise.study.plan import Block, Load, OnOff, Plan, TraceFile, Workload
+from kvwise.study.quality_section import Quality
 
 REFERENCE = "full"  # the strategy everything is compared with
+
+Filled = tuple[str, str, float | None]  # strategy text, framework, budget
 
 
 class CellKind(StrEnum):
     """What a cell measures."""
 
     ONOFF = "onoff"  # KV cache on against off
-    QUALITY = "quality"  # agreement with the full cache
+    QUALITY = "quality"  # what the strategy costs in answers
     LIVE = "live"  # traffic in real time
 
 
@@ -54,7 +57,7 @@ class Cell:
         if self.kind is CellKind.ONOFF:
             return f"KV cache on/off, {self.model}"
         if self.kind is CellKind.QUALITY:
-            return f"agreement, {self.label}, {self.model}, context {self.context}"
+            return f"quality, {self.label}, {self.model}, context {self.context}"
         context = f", context {self.context}" if self.context else ""
         memory = "" if self.memory == "auto" else f", {self.memory}"
         return f"{self.label}, {self.model}, {self.load_text()}{context}{memory}, repeat {self.repeat + 1}"
@@ -80,44 +83,67 @@ def framework_of(text: str) -> str:
     return re.sub(r",?\s*\)", ")", bare).replace("()", "").replace("{budget}", "B").strip()
 
 
-def expand(plan: Plan) -> list[Cell]:
-    """All cells in the order they run; PlanError if there are more than the plan's `max_cells`."""
-    count = sum(_count(block) for block in plan.block)
+def expand(plan: Plan, *, quality_only: bool = False) -> list[Cell]:
+    """All cells in the order they run; PlanError if there are more than the plan's `max_cells`.
+
+    `quality_only`, here or in the plan, leaves out all but the quality cells.
+    """
+    only = quality_only or plan.quality_only
+    _refuse_many(plan, sum(_num_quality(block, plan.quality) for block in plan.block))
+    if not only:
+        _refuse_many(plan, sum(_num_live(block) for block in plan.block))
+    unique: dict[str, Cell] = {}
+    for cell in _quality_cells(plan) if only else _all(plan):
+        named = replace(cell, id=_cell_id(cell, plan))
+        unique.setdefault(named.id, named)
+    if only and not unique:
+        raise PlanError("the plan measures no quality; take `quality = false` out of one of its blocks")
+    return list(unique.values())
+
+
+def check_strategies(plan: Plan, parse: Callable[[str], object]) -> None:
+    """Let `parse` judge every strategy of the plan; PlanError naming where it stands on the first it refuses."""
+    for origin, strategies in [*((_origin(b), _filled(b)) for b in plan.block), ("quality.guides", _guides(plan))]:
+        for text, _, budget in strategies:
+            try:
+                parse(text)
+            except StrategyError as error:
+                filled = "" if budget is None else f" (budget {budget:g})"
+                raise PlanError(f"{origin}: strategy {text!r}{filled}: {error}") from error
+
+
+def has_tasks(model: str) -> bool:
+    """Whether a model of this name can be asked anything: random weights only agree with the full cache or do not."""
+    return not model.startswith("random:") and not model.endswith(".json")
+
+
+def _refuse_many(plan: Plan, count: int) -> None:
     if count > plan.max_cells:
         raise PlanError(
             f"the plan has {count} cells, the limit is {plan.max_cells}; take values out of the axes, "
             f"split the product into blocks, or raise max_cells"
         )
-    unique: dict[str, Cell] = {}
-    for cell in _all(plan):
-        named = replace(cell, id=_cell_id(cell, plan))
-        unique.setdefault(named.id, named)
-    return list(unique.values())
 
 
-def check_strategies(plan: Plan, parse: Callable[[str], object]) -> None:
-    """Let `parse` judge every strategy of the plan; PlanError naming block and strategy on the first it refuses."""
-    for block in plan.block:
-        for text, _, budget in _filled(block):
-            try:
-                parse(text)
-            except StrategyError as error:
-                origin = "" if budget is None else f" (budget {budget:g})"
-                raise PlanError(f"block {block.name!r}: strategy {text!r}{origin}: {error}") from error
-
-
-def _count(block: Block) -> int:
+def _num_live(block: Block) -> int:
     conditions = (block.models, block.request_rates, block.concurrency, block.context_lengths, block.memory)
-    per_strategy = sum(len(block.budgets) if "{budget}" in s else 1 for s in block.strategies)
-    return per_strategy * block.repeats * math.prod(map(len, conditions))
+    return _num_filled(block.strategies, block.budgets) * block.repeats * math.prod(map(len, conditions))
+
+
+def _num_quality(block: Block, quality: Quality) -> int:
+    contexts = quality.context_lengths or block.context_lengths
+    filled = _num_filled(block.strategies, block.budgets) + _num_filled(quality.guides, quality.guide_budgets)
+    return filled * len(block.models) * len(contexts) if block.quality else 0
+
+
+def _num_filled(templates: Sequence[str], budgets: Sequence[float]) -> int:
+    return sum(len(budgets) if "{budget}" in template else 1 for template in templates)
 
 
 def _all(plan: Plan) -> Iterator[Cell]:
     if plan.onoff:
         yield Cell(CellKind.ONOFF, "on/off", plan.onoff.model, REFERENCE, REFERENCE, onoff=plan.onoff)
-    for block in plan.block:
-        if block.quality:
-            yield from _quality_cells(block, plan.quality)
+    yield from _quality_cells(plan)
     # Repeats outermost and strategies innermost: a slow minute of the machine then hits all strategies alike.
     for repeat in range(max(block.repeats for block in plan.block)):
         for block in plan.block:
@@ -125,19 +151,29 @@ def _all(plan: Plan) -> Iterator[Cell]:
                 yield from _live_cells(block, repeat)
 
 
-def _quality_cells(block: Block, quality: Quality) -> Iterator[Cell]:
-    # The name of the block stays out: blocks that ask the same prompts share the measurement.
-    for model, context in product(block.models, block.context_lengths):
-        for text, framework, budget in _filled(block):
+def _quality_cells(plan: Plan) -> Iterator[Cell]:
+    """Strategies of all blocks by model and context length: blocks that ask the same share the measurement.
+
+    The full cache is always there, since the others are measured by it.
+    """
+    asked: dict[tuple[str, int], dict[Filled, None]] = {}
+    for block in plan.block:
+        if block.quality:
+            for place in product(block.models, plan.quality.context_lengths or block.context_lengths):
+                strategies = asked.setdefault(place, {(REFERENCE, REFERENCE, None): None})
+                strategies |= dict.fromkeys(_filled(block))
+    for (model, context), strategies in asked.items():
+        guides = dict.fromkeys(_guides(plan)) if has_tasks(model) else {}
+        for text, framework, budget in strategies | guides:
             yield Cell(
                 CellKind.QUALITY,
-                "agreement",
+                "quality",
                 model,
                 text,
                 framework,
                 budget,
                 context=context,
-                quality=quality,
+                quality=plan.quality,
             )
 
 
@@ -168,20 +204,30 @@ def _context(workload: Workload, context: int) -> int:
     return 0 if isinstance(workload, TraceFile) else context  # a trace brings its own lengths
 
 
-def _filled(block: Block) -> Iterator[tuple[str, str, float | None]]:
-    """(strategy text, framework, budget) of every strategy, once per budget where it names {budget}."""
-    for template in block.strategies:
+def _filled(block: Block) -> Iterator[Filled]:
+    return _fill(block.strategies, block.budgets, _origin(block), "budgets")
+
+
+def _guides(plan: Plan) -> Iterator[Filled]:
+    return _fill(plan.quality.guides, plan.quality.guide_budgets, "quality.guides", "guide_budgets")
+
+
+def _origin(block: Block) -> str:
+    return f"block {block.name!r}"
+
+
+def _fill(templates: Sequence[str], budgets: Sequence[float], origin: str, key: str) -> Iterator[Filled]:
+    """Every strategy with its framework and budget, once per budget where it names {budget}."""
+    for template in templates:
         unknown = set(re.findall(r"\{([^{}]*)\}", template)) - {"budget"}
         if unknown:
-            raise PlanError(
-                f"block {block.name!r}: strategy {template!r}: only {{budget}} can be filled in, not {unknown}"
-            )
+            raise PlanError(f"{origin}: strategy {template!r}: only {{budget}} can be filled in, not {unknown}")
         if "{budget}" not in template:
             yield template, framework_of(template), _own_budget(template)
             continue
-        if not block.budgets:
-            raise PlanError(f"block {block.name!r}: strategy {template!r} needs budgets; add `budgets = [0.2]`")
-        for budget in block.budgets:
+        if not budgets:
+            raise PlanError(f"{origin}: strategy {template!r} needs budgets; add `{key} = [0.2]`")
+        for budget in budgets:
             yield template.replace("{budget}", f"{budget:g}"), framework_of(template), budget
 
 

@@ -12,8 +12,12 @@ COLOURS = {
     "h2o": "#ee8a1d",
     "infinigen": "#12a67c",
     "streaming": "#a46cf2",
+    "snapkv": "#e0526e",
+    "topk": "#15a3c7",
+    "random": "#a4abba",
+    "window": "#717a8c",
 }
-SPARE = ("#e0526e", "#15a3c7", "#b3a11a", "#d264c4", "#7a8f3c")
+SPARE = ("#b3a11a", "#d264c4", "#7a8f3c", "#9a6240", "#5f63d0")
 NEUTRAL = "#8b93a7"
 
 LABEL_GAP = 0.062  # of the plot's height: labels at line ends are kept this far apart
@@ -30,7 +34,12 @@ class Shape(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line or group of bars. `rank` tells the budgets of one framework apart: 0 is drawn boldest."""
+    """One line or group of bars. `rank` tells the budgets of one framework apart: 0 is drawn boldest.
+
+    `low` and `high` are the ends of error bars. A `guide` is what others are held against: thin and dashed. Of a
+    series that is not `joined` only the points are drawn; `hollow`, `sizes` (marker diameters in pixels) and
+    `captions` (words beside a point) are per point where they are given.
+    """
 
     label: str
     colour: str
@@ -41,14 +50,20 @@ class Series:
     rank: int = 0
     markers: bool = True
     names: tuple[str, ...] = ()  # of the points, shown on hover
+    guide: bool = False
+    joined: bool = True
+    hollow: tuple[bool, ...] = ()
+    sizes: tuple[float, ...] = ()
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A horizontal reference line with its words."""
+    """A horizontal reference line with its words, which stand where lines begin or, `at_end`, where they end."""
 
     y: float
     text: str
+    at_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +103,16 @@ class Chart:
         low, high = self.y_range
         return log_ticks(low, high) if self.log_y else ()
 
+    @property
+    def x_ticks(self) -> tuple[float, ...]:
+        """Ticks of a logarithmic x axis."""
+        values = [v for s in self.series for v in s.x if v > 0] or [1.0]
+        return log_ticks(math.log10(min(values)), math.log10(max(values)))
+
     def end_labels(self) -> list[tuple[Series, float]]:
-        """Each series with the height of its label on the y axis (exponent on a log axis), none over another."""
+        """Each named series with the height of its label on the y axis (exponent on a log axis), none over another."""
         low, high = self.y_range
-        ends = [(s, _scaled(s.y[-1], self.log_y, low)) for s in self.series if s.y]
+        ends = [(s, _scaled(s.y[-1], self.log_y, low)) for s in self.series if s.y and s.label]
         ends.sort(key=lambda pair: pair[1])
         heights = spread_out([height for _, height in ends], LABEL_GAP * (high - low), low, high)
         return [(s, height) for (s, _), height in zip(ends, heights, strict=True)]

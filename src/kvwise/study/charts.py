@@ -1,14 +1,15 @@
-"""Which charts a study is shown with: those of its traffic, of its agreement, and of the cache on and off."""
+"""Which charts a study is shown with: those of its quality, of its traffic, and of the cache on and off."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 
-from kvwise.study.axes import OTHER_AXES, RATE, axis_charts, scaled
+from kvwise.study.axes import OTHER_AXES, RATE, axis_charts
 from kvwise.study.chart import Chart, Rule, Series
-from kvwise.study.palette import Palette, short, slug
-from kvwise.study.summary import AgreementFigures, Study
+from kvwise.study.palette import Palette, short
+from kvwise.study.quality_charts import QUALITY, front_charts, quality_charts
+from kvwise.study.summary import Study
 from kvwise.study.traffic_charts import density_charts, first_token_charts, memory_charts, pareto_charts
 from kvwise.study.words import ARTICLE
 
@@ -30,9 +31,11 @@ def study_charts(study: Study) -> list[Chart]:
         *density_charts(study, palette),
     ]
     others = [chart for axis in OTHER_AXES for chart in axis_charts(study, palette, axis)]
+    quality = [*_throttled(list(front_charts(study, palette)), study), *quality_charts(study, palette)]
     charts = [
+        *(c for c in quality if c.section == QUALITY),
         *_throttled(traffic, study),
-        *_agreement_charts(study, palette),
+        *(c for c in quality if c.section != QUALITY),
         *_throttled(others, study),
         *_onoff_charts(study),
     ]
@@ -51,48 +54,6 @@ def onoff_times(study: Study) -> dict[tuple[str, int], float]:
     for row in study.onoff:
         out[row["side"], row["num_output_tokens"]].append(row["total_s"])
     return {key: median(values) for key, values in out.items()}
-
-
-def _agreement_charts(study: Study, palette: Palette) -> Iterator[Chart]:
-    """Top-1 agreement and KL against the budget."""
-    for kind, y_label in (("top-1", "same most likely token, %"), ("KL", "KL(full ‖ method), nats")):
-        for model, context in dict.fromkeys((a.model, a.context) for a in study.agreements):
-            here = [a for a in study.agreements if (a.model, a.context) == (model, context)]
-            budgets = sorted({a.who.budget for a in here if a.who.budget is not None}, reverse=True)
-            if len(budgets) < 2:
-                continue
-            yield Chart(
-                id=slug("agreement", kind, model, context),
-                section="Agreement with the full cache",
-                title=f"{kind}, {short(model)}, context {context}",
-                note="the full cache's greedy answers forced on each strategy; bars: 95 % intervals over prompts",
-                x_label="KV budget",
-                y_label=y_label,
-                series=tuple(_agreement_series(here, budgets, kind, palette)),
-                top=104.0 if kind == "top-1" else None,
-                ticks=tuple((float(i), f"{b * 100:g} %") for i, b in enumerate(budgets)),
-            )
-
-
-def _agreement_series(
-    here: Sequence[AgreementFigures], budgets: Sequence[float], kind: str, palette: Palette
-) -> Iterator[Series]:
-    """A line per framework; a strategy without a budget is a level across all of them."""
-    for framework in dict.fromkeys(a.who.framework for a in here):
-        own = [a for a in here if a.who.framework == framework]
-        values = [v for a in own if (v := scaled(a.top1, 100) if kind == "top-1" else a.kl) is not None]
-        base = Series(framework, palette.colours[framework], (), ())
-        if own[0].who.budget is None:
-            level = (values[0].value,) * len(budgets)
-            yield replace(base, x=tuple(map(float, range(len(budgets)))), y=level, markers=False)
-            continue
-        yield replace(
-            base,
-            x=tuple(float(budgets.index(a.who.budget)) for a in own if a.who.budget is not None),
-            y=tuple(v.value for v in values),
-            low=tuple(v.low for v in values),
-            high=tuple(v.high for v in values),
-        )
 
 
 def _onoff_charts(study: Study) -> Iterator[Chart]:

@@ -7,8 +7,11 @@ from typing import Any, Protocol
 from kvwise.core.clock import Clock
 from kvwise.core.output import EngineStats, RequestOutput
 from kvwise.core.params import SamplingParams
+from kvwise.models.text import Tokenizer
+from kvwise.tasks.language import Language
 
-Observe = Callable[[int, Any], None]  # (index of the output token, logits [V])
+# (index of the sample, index of the output token, raw logits [V] behind it)
+Observe = Callable[[int, int, Any], None]
 
 
 class EngineFace(Protocol):
@@ -17,13 +20,13 @@ class EngineFace(Protocol):
     def add_request(
         self,
         prompt: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | Sequence[SamplingParams],
         *,
         request_id: str | None = None,
         arrival: float | None = None,
         observe: Observe | None = None,
     ) -> str:
-        """Queue a request."""
+        """Queue a request; several `params` are samples forked from the prompt's cache."""
         ...
 
     def abort(self, request_id: str) -> None:
@@ -49,7 +52,11 @@ class EngineFace(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the study must know of a model. `kv_token_bytes`: KV of one token, all layers and heads."""
+    """What the study must know of a model. `kv_token_bytes`: KV of one token, all layers and heads.
+
+    `language` is what tasks are written in; None: it cannot be asked anything, its weights are random. `tokenizer` is
+    that of a model that reads text.
+    """
 
     name: str
     vocab_size: int
@@ -57,6 +64,8 @@ class ModelFacts:
     kv_token_bytes: int
     weight_bytes: int
     num_parameters: int
+    language: Language | None = None
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True, slots=True)

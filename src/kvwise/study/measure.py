@@ -3,15 +3,15 @@
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-import numpy as np
-
 from kvwise.core.clock import Clock
 from kvwise.core.errors import CapacityError, KvwiseError, RequestError
+from kvwise.study.asked import sittings
 from kvwise.study.cells import REFERENCE, Cell, CellKind
+from kvwise.study.exam import Sitting
 from kvwise.study.face import Bench, ModelFacts, OnOffRun
 from kvwise.study.live import Pace, drive, warm_up
 from kvwise.study.plan import Plan, parse_memory
-from kvwise.study.quality import Reference, agreement, reference
+from kvwise.study.quality import Reference, examine, reference
 from kvwise.study.rows import CellResult, live_result, onoff_result, quality_result
 from kvwise.study.workloads import Job, cell_jobs, sample_prompts
 
@@ -29,12 +29,12 @@ class NotIdentical(KvwiseError):
 
 
 class CellRunner:
-    """Runs cells of one plan on one bench; full-cache references are kept for all cells that share prompts."""
+    """Runs cells of one plan on one bench; what the full cache answered is kept while cells ask the same."""
 
     def __init__(self, plan: Plan, bench: Bench) -> None:
         self._plan = plan
         self._bench = bench
-        self._references: dict[tuple[str, int], Reference] = {}
+        self._kept: tuple[tuple[str, int], Reference, int] | None = None
         self._measures: dict[CellKind, Callable[[Cell], CellResult]] = {
             CellKind.LIVE: self._live,
             CellKind.QUALITY: self._quality,
@@ -91,29 +91,33 @@ class CellRunner:
                 f"{' and '.join(idle)} did nothing in this cell (prompts too short for the budget, or nothing to share)"
             )
 
-    # -- agreement ------------------------------------------------------------------------------------------------
+    # -- quality --------------------------------------------------------------------------------------------------
 
     def _quality(self, cell: Cell) -> CellResult:
         began = self.clock.now()
-        assert cell.quality is not None
         facts = self._bench.facts(cell.model)
-        longest = cell.context + cell.quality.tokens
-        memory = memory_bytes("auto", facts, [longest] * cell.quality.prompts)
-        full = self._reference(cell, facts, memory)
-        with closing(self._bench.engine(cell.model, cell.strategy, memory)) as engine:
-            measured = agreement(engine, full)
-        result = quality_result(cell, measured, facts, self.clock.now() - began)
-        self._require_work(cell, result)
+        full, memory = self._reference(cell, facts)
+        examined = full.examined
+        if cell.strategy != REFERENCE:
+            with closing(self._bench.engine(cell.model, cell.strategy, memory)) as engine:
+                examined = examine(engine, full)
+        result = quality_result(cell, examined, facts, self.clock.now() - began)
+        # A budget of everything has nothing to drop.
+        if cell.budget is None or cell.budget < 1:
+            self._require_work(cell, result)
         return result
 
-    def _reference(self, cell: Cell, facts: ModelFacts, memory: int) -> Reference:
-        key = (cell.model, cell.context)
-        if key not in self._references:
+    def _reference(self, cell: Cell, facts: ModelFacts) -> tuple[Reference, int]:
+        """What the full cache answers, and the bytes of a pool that holds all who sit the exam at once."""
+        key = cell.model, cell.context
+        if self._kept is None or self._kept[0] != key:
             assert cell.quality is not None
-            prompts = quality_prompts(cell.context, cell.quality.prompts, self._plan.seed, facts.vocab_size)
+            asked = sittings(cell.quality, facts, cell.context, self._plan.seed)
+            memory = exam_memory(asked, facts, self._plan.engine.max_num_seqs)
+            self._kept = None  # the logits of the one before: both at once may be too much
             with closing(self._bench.engine(cell.model, REFERENCE, memory)) as engine:
-                self._references[key] = reference(engine, prompts, cell.quality.tokens)
-        return self._references[key]
+                self._kept = key, reference(engine, asked), memory
+        return self._kept[1:]
 
     # -- on and off -----------------------------------------------------------------------------------------------
 
@@ -144,10 +148,10 @@ class CellRunner:
         return [(run, True) for run in runs]
 
 
-def quality_prompts(context: int, count: int, seed: int, vocab_size: int) -> list[np.ndarray]:
-    """`count` prompts of `context` tokens that share their first half, so that prefix sharing is judged too."""
-    whole = sample_prompts(context, count, seed=seed, vocab_size=vocab_size)
-    return [np.concatenate([whole[0][: context // 2], prompt[context // 2 :]]) for prompt in whole]
+def exam_memory(asked: Sequence[Sitting], facts: ModelFacts, max_num_seqs: int) -> int:
+    """Bytes of a KV pool in which the longest `max_num_seqs` samples run at once."""
+    longest = sorted((len(s.context) + x.num_tokens for s in asked for x in s.samples), reverse=True)
+    return memory_bytes("auto", facts, longest[:max_num_seqs])
 
 
 def memory_bytes(memory: str, facts: ModelFacts, request_tokens: Sequence[int]) -> int:

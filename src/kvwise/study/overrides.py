@@ -18,12 +18,14 @@ class Overrides:
     request_rate: Sequence[str] = ()
     max_concurrency: Sequence[str] = ()
     context_length: Sequence[int] = ()
+    task: Sequence[str] = ()
+    protocol: Sequence[str] = ()
     memory: Sequence[str] = ()
     repeats: int | None = None
     num_prompts: int | None = None
     burstiness: float | None = None
     goodput: Sequence[str] = ()
-    agreement_floor: float | None = None
+    min_quality: float | None = None
     time_limit: float | None = None
     seed: int | None = None
     dtype: str | None = None
@@ -42,10 +44,13 @@ class Overrides:
         self._choose_blocks(data)
         for block in data["block"]:
             self._change_block(block)
-        for key, value in (("agreement_floor", self.agreement_floor), ("time_limit_s", self.time_limit),
+        for key, value in (("min_quality", self.min_quality), ("time_limit_s", self.time_limit),
                            ("seed", self.seed), ("dtype", self.dtype)):  # fmt: skip
             if value is not None:
                 data[key] = value
+        # What is asked is asked at the length that the traffic has.
+        asked = (("context_lengths", self.context_length), ("tasks", self.task), ("protocols", self.protocol))
+        data["quality"] |= {key: list(values) for key, values in asked if values}
         if self.goodput:
             data["slo"] = parse_goodput(self.goodput).model_dump(exclude_none=True)
         if self.link:

@@ -8,6 +8,8 @@ from kvwise.study.cells import CellKind
 from kvwise.study.chart import Series, colours
 from kvwise.study.summary import Figures, Study, Who, who_of
 
+GUIDES = ("random", "window")
+
 
 class Palette:
     """Colours and ranks of the strategies of a study."""
@@ -33,11 +35,27 @@ class Palette:
             rank=self._ranks[who],
             markers=markers,
             names=tuple(names),
+            guide=is_guide(who.framework),
         )
 
     def rank(self, who: Who) -> int:
         """0 for the largest budget of a framework, then 1, 2, ..."""
         return self._ranks[who]
+
+
+def method(framework: str) -> str:
+    """The first method's name of a framework: `h2o` of `h2o(normalised=true)+prefix`."""
+    return re.split(r"[(+]", framework, maxsplit=1)[0]
+
+
+def plain(framework: str) -> str:
+    """A framework's name as a label: `h2o normalised` for `h2o(normalised=true)`."""
+    return re.sub(r"=true\b", "", framework).replace("(", " ").replace(")", "")
+
+
+def is_guide(framework: str) -> bool:
+    """Whether a framework decides without looking at anything: whatever looks should do better."""
+    return method(framework) in GUIDES
 
 
 def slug(*parts: object) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field
 from kvwise.core.config import parse_bytes, parse_link
 from kvwise.core.errors import PlanError, UsageError
 from kvwise.study.lengths import Lengths
+from kvwise.study.quality_section import Budget, Context, Quality, check_quality
 from kvwise.study.strict import Strict, read_table
 
 MAX_PLAN_BYTES = 1 << 20
@@ -19,8 +20,6 @@ MAX_CELLS = 5000
 
 Rate = Annotated[float, Field(gt=0)] | Literal["inf", "trace"]
 Concurrency = Annotated[int, Field(ge=1)] | Literal["unlimited"]
-Budget = Annotated[float, Field(gt=0)]
-Context = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Chat(Strict):
@@ -134,13 +133,6 @@ class Slo(Strict):
     e2e_ms: float | None = Field(default=None, gt=0)
 
 
-class Quality(Strict):
-    """How agreement with the full cache is measured: greedy answers of the full cache, forced on the strategy."""
-
-    prompts: int = Field(default=4, ge=1)
-    tokens: int = Field(default=16, ge=1)
-
-
 class OnOff(Strict):
     """The KV cache on against off, token by token, with growing outputs."""
 
@@ -165,7 +157,10 @@ class EngineOptions(Strict):
 
 
 class Plan(Strict):
-    """A whole study."""
+    """A whole study.
+
+    `min_quality` is the least score that a recommended strategy may have; `quality_only` leaves out all traffic.
+    """
 
     name: str = Field(default="study", min_length=1, max_length=64)
     seed: int = Field(default=0, ge=0)
@@ -173,7 +168,8 @@ class Plan(Strict):
     dtype: str = "auto"
     time_limit_s: float | None = Field(default=None, gt=0)
     tie_margin: float = Field(default=0.05, ge=0, lt=1)
-    agreement_floor: float | None = Field(default=None, ge=0, le=1)
+    min_quality: float | None = Field(default=None, ge=0, le=1)
+    quality_only: bool = False
     max_cells: int = Field(default=1000, ge=1, le=MAX_CELLS)
     slo: Slo = Slo()
     quality: Quality = Quality()
@@ -184,7 +180,7 @@ class Plan(Strict):
 
 
 # What a reader may change between runs without making the rows already measured those of another study.
-_NOT_MEASURED = ("name", "time_limit_s", "tie_margin", "agreement_floor", "max_cells", "slo")
+_NOT_MEASURED = ("name", "time_limit_s", "tie_margin", "min_quality", "quality_only", "max_cells", "slo")
 
 
 def plan_hash(plan: Plan) -> str:
@@ -201,6 +197,16 @@ def default_plan() -> Plan:
 def default_plan_text() -> str:
     """Its TOML, with comments."""
     return files("kvwise.study").joinpath("default_plan.toml").read_text(encoding="utf-8")
+
+
+def quality_plan() -> Plan:
+    """The plan that `kvwise study --quality-only` runs when none is given."""
+    return read_plan_text(quality_plan_text(), "the quality plan")
+
+
+def quality_plan_text() -> str:
+    """Its TOML, with comments."""
+    return files("kvwise.study").joinpath("quality_plan.toml").read_text(encoding="utf-8")
 
 
 def read_plan(path: Path) -> Plan:
@@ -252,6 +258,7 @@ def _check(plan: Plan, where: str) -> None:
         except UsageError as error:
             raise PlanError(f"{where}: block {block.name!r}: {error}") from error
     try:
+        check_quality(plan.quality)
         link_speeds(plan)
         if plan.engine.kv_offloading is not None:
             parse_bytes(plan.engine.kv_offloading)

@@ -1,16 +1,16 @@
 """Draws a chart with plotly: data and layout as plain values, colours of axes and text left to the page's theme."""
 
-import math
 from typing import Any
 
 import plotly.graph_objects as go
 
-from kvwise.study.chart import Chart, Series, Shape, log_ticks
+from kvwise.study.chart import Chart, Series, Shape
 from kvwise.study.words import number
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 HEIGHT = 340
+GUIDE_DASH = "6px,4px"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 
 
@@ -27,21 +27,26 @@ def _trace(series: Series, chart: Chart) -> dict[str, Any]:
     rank = min(series.rank, len(DASHES) - 1)
     trace: dict[str, Any] = {
         "type": "scatter",
-        "mode": "lines+markers" if series.markers else "lines",
+        "mode": _mode(series),
         "name": series.label,
         "x": list(series.x),
         "y": list(series.y),
         "line": {"color": series.colour, "width": 2.4 if rank == 0 else 1.8, "dash": DASHES[rank]},
-        "marker": {"symbol": SYMBOLS[rank], "size": 7, "color": series.colour},
+        "marker": _marker(series, rank),
         "opacity": 1.0 if rank == 0 else 0.92,
-        "hovertemplate": _hover(series, chart),
         "cliponaxis": False,
     }
+    trace |= {"hovertemplate": _hover(series, chart)} if series.label else {"hoverinfo": "skip"}
+    if series.guide:
+        trace["line"] |= {"width": 1.5, "dash": GUIDE_DASH}
     if chart.shape is Shape.STEP:
         trace["line"]["shape"] = "hv"
     if series.names or chart.ticks:
         words = dict(chart.ticks)
-        trace["text"] = list(series.names) or [words.get(x, f"{x:g}") for x in series.x]
+        trace["customdata"] = list(series.names) or [words.get(x, f"{x:g}") for x in series.x]
+    if series.captions:
+        trace |= {"text": list(series.captions), "textposition": "bottom center"}
+        trace["textfont"] = {"size": 10, "color": series.colour}
     if series.low is not None and series.high is not None:
         trace["error_y"] = {
             "type": "data",
@@ -55,8 +60,24 @@ def _trace(series: Series, chart: Chart) -> dict[str, Any]:
     return trace
 
 
+def _mode(series: Series) -> str:
+    parts = {"lines": series.joined, "markers": series.markers, "text": bool(series.captions)}
+    return "+".join(name for name, wanted in parts.items() if wanted)
+
+
+def _marker(series: Series, rank: int) -> dict[str, Any]:
+    symbol = SYMBOLS[rank]
+    return {
+        "symbol": [f"{symbol}-open" if hollow else symbol for hollow in series.hollow] or symbol,
+        "size": list(series.sizes) or (5 if series.guide else 7),
+        "color": series.colour,
+        "opacity": 1.0,  # also where sizes differ: plotly would make those see-through
+        "line": {"color": series.colour, "width": 1.6 if series.hollow else 0},
+    }
+
+
 def _hover(series: Series, chart: Chart) -> str:
-    x = "%{text}" if series.names or chart.ticks else "%{x:.4g}"
+    x = "%{customdata}" if series.names or chart.ticks else "%{x:.4g}"
     return f"<b>{series.label}</b><br>{chart.x_label}: {x}<br>{chart.y_label}: %{{y:.4g}}<extra></extra>"
 
 
@@ -82,7 +103,7 @@ def _layout(chart: Chart) -> dict[str, Any]:
     bar = chart.shape is Shape.BAR
     layout: dict[str, Any] = {
         "height": HEIGHT,
-        "margin": {"l": 104 if bar else 54, "r": 40 if bar else 100, "t": 10, "b": 46},
+        "margin": {"l": 104 if bar else 54, "r": 40 if bar else _margin(chart), "t": 10, "b": 46},
         "showlegend": False,
         "hovermode": "closest",
         "font": {"family": FONT, "size": 12},
@@ -100,10 +121,15 @@ def _layout(chart: Chart) -> dict[str, Any]:
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": rule.y, "y1": rule.y, "line": {"dash": "dot"}}
         )
         layout["annotations"].append(
-            {"x": 0, "xref": "paper", "y": rule.y, "text": rule.text, "xanchor": "left", "yanchor": "bottom",
-             "showarrow": False, "font": {"size": 11}}
+            {"x": int(rule.at_end), "xref": "paper", "y": rule.y, "text": rule.text, "yanchor": "bottom",
+             "xanchor": "right" if rule.at_end else "left", "showarrow": False, "font": {"size": 11}}
         )  # fmt: skip
     return layout
+
+
+def _margin(chart: Chart) -> int:
+    """Pixels on the right for the longest name there."""
+    return min(150, max(100, 14 + round(6.4 * max((len(s.label) for s in chart.series), default=0))))
 
 
 def _x_axis(chart: Chart) -> dict[str, Any]:
@@ -112,9 +138,9 @@ def _x_axis(chart: Chart) -> dict[str, Any]:
         longest = max((s.y[0] for s in chart.series), default=1.0)
         return axis | {"range": [0, longest * 1.15]}
     if chart.log_x:
-        values = [v for s in chart.series for v in s.x if v > 0] or [1.0]
-        ticks = log_ticks(math.log10(min(values)), math.log10(max(values)))
-        axis |= {"type": "log", "tickvals": list(ticks), "ticktext": [number(v) for v in ticks]}
+        axis |= {"type": "log", "tickvals": list(chart.x_ticks), "ticktext": [number(v) for v in chart.x_ticks]}
+    if chart.reverse_x:
+        axis["autorange"] = "reversed"
     if chart.ticks:
         axis |= {"tickvals": [x for x, _ in chart.ticks], "ticktext": [text for _, text in chart.ticks]}
         axis["range"] = [chart.ticks[0][0] - 0.15, chart.ticks[-1][0] + 0.08]

@@ -1,97 +1,229 @@
-"""Agreement with the full cache: the same prompts, the full cache's greedy answers forced, logits compared."""
+"""Examines a strategy: every sitting through one engine, its logits scored as they come."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from kvwise.core.errors import RequestError
-from kvwise.core.output import RequestOutput
+from kvwise.core.output import EngineStats, RequestOutput
 from kvwise.core.params import SamplingParams
+from kvwise.study.exam import Answer, Sample, Sitting, force
 from kvwise.study.face import EngineFace
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """What the full cache said: per prompt the greedy tokens and the logits [steps, V] float32 behind them."""
+class Marked:
+    """One answer as it was given.
 
-    prompts: tuple[np.ndarray, ...]
-    tokens: tuple[np.ndarray, ...]
-    logits: tuple[np.ndarray, ...]
+    `right`: every token of it was the most likely one, which is what greedy generation would then have said. `nll` is
+    the mean negative log-likelihood of its tokens; `same` the share of them at which the most likely token is the
+    full cache's; `kl` the mean KL(full || strategy), both in nats. None where it has no meaning.
+    """
+
+    sitting: Sitting
+    answer: Answer
+    num_tokens: int
+    right: bool | None
+    score: float | None
+    nll: float | None
+    same: float | None
+    kl: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """Per prompt, arrays over output tokens: whether the most likely token is the same, and KL(full || method).
+class Examined:
+    """A strategy's answers, its outputs for their attestation, and KV bytes per token of context and answers."""
 
-    `kl` is in nats. `outputs` are the method's, for their attestation.
-    """
-
-    same: tuple[np.ndarray, ...]
-    kl: tuple[np.ndarray, ...]
+    marks: tuple[Marked, ...]
     outputs: tuple[RequestOutput, ...]
+    bytes_per_token: dict[str, float]
 
 
-def reference(engine: EngineFace, prompts: Sequence[np.ndarray], num_tokens: int) -> Reference:
-    """Let the full cache answer greedily with `num_tokens` tokens a prompt."""
-    outputs, logits = _run(engine, prompts, [None] * len(prompts), num_tokens)
-    return Reference(tuple(prompts), tuple(np.asarray(o.token_ids) for o in outputs), tuple(logits))
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The full cache's answers, and the logits [V] float32 behind every token of them, in the order of the answers."""
+
+    sittings: tuple[Sitting, ...]
+    logits: tuple[np.ndarray, ...]
+    examined: Examined
 
 
-def agreement(engine: EngineFace, full: Reference) -> Agreement:
-    """Force the reference's answers on `engine` and compare the logits behind every token of them."""
-    num_tokens = len(full.tokens[0])
-    outputs, logits = _run(engine, full.prompts, full.tokens, num_tokens)
-    same, kl = [], []
-    for theirs, ours in zip(full.logits, logits, strict=True):
-        same.append(theirs.argmax(axis=1) == ours.argmax(axis=1))
-        kl.append(divergence(theirs, ours))
-    return Agreement(tuple(same), tuple(kl), tuple(outputs))
+def reference(engine: EngineFace, sittings: Sequence[Sitting]) -> Reference:
+    """Let the full cache sit the exam; what it generates freely and is not graded becomes what others are forced to."""
+    scorer = _Scorer(sittings, None)
+    examined = _examine(engine, sittings, scorer)
+    asked = []
+    for place, sitting in enumerate(sittings):
+        free = all(answer.grade is None for sample in sitting.samples for answer in sample.answers)
+        said = [scorer.outputs[place, index].token_ids for index in range(len(sitting.samples))]
+        asked.append(force(sitting, said) if free else sitting)
+    return Reference(tuple(asked), tuple(scorer.kept), examined)
 
 
-def divergence(full: np.ndarray, method: np.ndarray) -> np.ndarray:
-    """KL(softmax(full) || softmax(method)) in nats per row of logits [steps, V], float64 [steps]."""
-    p, q = _log_softmax(full), _log_softmax(method)
+def examine(engine: EngineFace, full: Reference) -> Examined:
+    """Let a strategy sit the exam of `full` and compare the logits behind every token of the answers."""
+    return _examine(engine, full.sittings, _Scorer(full.sittings, full.logits))
+
+
+def divergence(full: np.ndarray, method: np.ndarray) -> float:
+    """KL(softmax(full) || softmax(method)) in nats, of logits [V]."""
+    p, q = log_softmax(full), log_softmax(method)
     # Rounding can make the sum of a vanishing divergence a hair negative.
-    return np.asarray(np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0))
+    return max(float((np.exp(p) * (p - q)).sum()), 0.0)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities, float64."""
+    shifted = logits.astype(np.float64) - logits.max()
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()))
 
 
-def _run(
-    engine: EngineFace, prompts: Sequence[np.ndarray], forced: Sequence[np.ndarray | None], num_tokens: int
-) -> tuple[list[RequestOutput], list[np.ndarray]]:
-    """Run all prompts together -> outputs and logits [num_tokens, V] in the order of the prompts."""
-    seen: list[dict[int, np.ndarray]] = [{} for _ in prompts]
-    names: dict[str, int] = {}
-    last: dict[int, RequestOutput] = {}
-    for index, (prompt, answer) in enumerate(zip(prompts, forced, strict=True)):
-        params = SamplingParams(
-            max_tokens=num_tokens, ignore_eos=True, forced_tokens=None if answer is None else answer.tolist()
-        )
-        name = engine.add_request(
-            prompt.tolist(), params, request_id=f"quality-{index}", observe=_recorder(seen[index])
-        )
-        names[name] = index
-        # The first runs alone, so that what the others share with it is there to be shared.
-        if index in (0, len(prompts) - 1):
-            while engine.has_unfinished():
-                last |= {names[o.request_id]: o for o in engine.step() if o.request_id in names}
-    for output in last.values():
-        if output.error is not None:
-            raise RequestError(output.error)
-    logits = [np.stack([rows[step] for step in range(num_tokens)]) for rows in seen]
-    return [last[i] for i in range(len(prompts))], logits
+class _Scorer:
+    """Scores logits rows the moment the engine shows them; only the full cache's are kept."""
 
+    def __init__(self, sittings: Sequence[Sitting], full: Sequence[np.ndarray] | None) -> None:
+        self.outputs: dict[tuple[int, int], RequestOutput] = {}
+        self._sittings = sittings
+        self._full = full
+        # A row a forced answer token: (sitting, sample, step) -> place in the arrays, and the token if it is known.
+        self._rows: dict[tuple[int, int, int], tuple[int, int | None]] = {}
+        for place, sitting in enumerate(sittings):
+            for index, sample in enumerate(sitting.samples):
+                self._expect(place, index, sample)
+        count = len(self._rows)
+        self.kept: list[np.ndarray] = [np.empty(0)] * (count if full is None else 0)
+        self._right = np.zeros(count, dtype=bool)
+        self._same = np.ones(count)
+        self._nll, self._kl = np.zeros(count), np.zeros(count)
+        self._seen = np.zeros(count, dtype=bool)
 
-def _recorder(rows: dict[int, np.ndarray]) -> Callable[[int, Any], None]:
-    def observe(step: int, logits: Any) -> None:
+    def _expect(self, place: int, index: int, sample: Sample) -> None:
+        for answer in sample.answers:
+            for step in range(answer.start, answer.stop) if answer.grade is None else ():
+                token = sample.forced[step] if step < len(sample.forced) else None
+                self._rows[place, index, step] = (len(self._rows), token)
+
+    def observer(self, place: int) -> Callable[[int, int, Any], None]:
+        """What the engine calls with the logits behind every output token of sitting number `place`."""
+
+        def observe(index: int, step: int, logits: Any) -> None:
+            found = self._rows.get((place, index, step))
+            if found is not None:
+                self._score(*found, logits)
+
+        return observe
+
+    def _score(self, row: int, token: int | None, logits: Any) -> None:
         # A copy: the engine may reuse the row. After a preemption a step can come twice, and is then the same.
-        on_host = logits.cpu() if hasattr(logits, "cpu") else logits
-        rows[step] = np.asarray(on_host, dtype=np.float32).copy()
+        on_host = logits.float().cpu().numpy() if hasattr(logits, "cpu") else logits
+        mine = np.array(on_host, dtype=np.float32)
+        best = int(mine.argmax())
+        self._seen[row] = True
+        if token is not None:
+            self._right[row] = best == token
+            self._nll[row] = -log_softmax(mine)[token]
+        if self._full is None:
+            self.kept[row] = mine
+        else:
+            self._same[row] = best == int(self._full[row].argmax())
+            self._kl[row] = divergence(self._full[row], mine)
 
-    return observe
+    def marks(self) -> list[Marked]:
+        """All answers, once the engine is done. RequestError if it did not show what was asked."""
+        return [
+            self._mark(place, sitting, index, answer)
+            for place, sitting in enumerate(self._sittings)
+            for index, sample in enumerate(sitting.samples)
+            for answer in sample.answers
+        ]
+
+    def _mark(self, place: int, sitting: Sitting, index: int, answer: Answer) -> Marked:
+        if answer.grade is not None:
+            said = self.outputs[place, index].token_ids[answer.start :]
+            return Marked(sitting, answer, len(said), None, answer.grade(said), None, None, None)
+        rows = [self._rows[place, index, step][0] for step in range(answer.start, answer.stop)]
+        if not self._seen[rows].all():
+            raise RequestError(f"the engine did not show the logits behind every token of {sitting.task}'s answers")
+        return Marked(
+            sitting=sitting,
+            answer=answer,
+            num_tokens=len(rows),
+            right=bool(self._right[rows].all()) if answer.exact else None,
+            score=None,
+            nll=float(self._nll[rows].mean()) if answer.told else None,
+            same=float(self._same[rows].mean()),
+            kl=float(self._kl[rows].mean()),
+        )
+
+
+def _examine(engine: EngineFace, sittings: Sequence[Sitting], scorer: _Scorer) -> Examined:
+    """Run the sittings of one protocol after the other, all of one protocol together."""
+    # The first context is read once before, so that a strategy that shares prefixes has one to share.
+    engine.add_request(sittings[0].context, SamplingParams(max_tokens=1, ignore_eos=True))
+    while engine.has_unfinished():
+        engine.step()
+    held: dict[str, dict[str, float]] = {}
+    for protocol in dict.fromkeys(sitting.protocol for sitting in sittings):
+        held[protocol] = _run(engine, sittings, scorer, protocol)
+    outputs = tuple(scorer.outputs.values())
+    # Of forks, several stand on one context, which says less about the strategy than about their number.
+    return Examined(tuple(scorer.marks()), outputs, held.get("multi-turn", next(iter(held.values()))))
+
+
+def _run(engine: EngineFace, sittings: Sequence[Sitting], scorer: _Scorer, protocol: str) -> dict[str, float]:
+    meter = _Meter()
+    places: dict[str, int] = {}
+    for place, sitting in enumerate(sittings):
+        if sitting.protocol == protocol:
+            params = [_params(sample) for sample in sitting.samples]
+            name = engine.add_request(
+                sitting.context, params, request_id=f"quality-{place}", observe=scorer.observer(place)
+            )
+            places[name] = place
+    while engine.has_unfinished():
+        outputs = engine.step()
+        meter.note(outputs, engine.stats())
+        for output in outputs:
+            if output.error is not None:
+                raise RequestError(output.error)
+            scorer.outputs[places[output.request_id], output.index] = output
+    return meter.per_token()
+
+
+def _params(sample: Sample) -> SamplingParams:
+    generated = any(answer.grade is not None for answer in sample.answers)
+    return SamplingParams(max_tokens=sample.num_tokens, ignore_eos=not generated, forced_tokens=sample.forced or None)
+
+
+@dataclass(slots=True)
+class _Meter:
+    """KV bytes per token, step by step."""
+
+    _running: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # tokens of prompt and output
+    _samples: dict[str, list[float]] = field(default_factory=dict)  # per tier
+
+    def note(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None:
+        """Look at the engine after a step; what counts are steps in which all that runs has been prefilled."""
+        for output in outputs:
+            key = output.request_id, output.index
+            if output.finished:
+                self._running.pop(key, None)
+            else:
+                # The token of this step is not computed yet, and holds no KV.
+                self._running[key] = len(output.prompt_token_ids), len(output.token_ids) - 1
+        if not self._running or stats.num_running != len(self._running):
+            return
+        prompts = {name: prompt for (name, _), (prompt, _) in self._running.items()}
+        tokens = sum(prompts.values()) + sum(count for _, count in self._running.values())
+        # Blocks that are only cached belong to requests that have ended.
+        cached = stats.blocks_cached * stats.pool_bytes // max(stats.blocks_total, 1)
+        for tier, used in stats.kv_bytes.items():
+            own = used - cached if tier == "device" else used
+            self._samples.setdefault(tier, []).append(own / tokens)
+
+    def per_token(self) -> dict[str, float]:
+        """Medians over the steps; empty if no step had nothing but decoding."""
+        return {tier: median(values) for tier, values in self._samples.items()}

@@ -20,7 +20,7 @@ from kvwise.study.plan import Plan, plan_hash, read_plan
 from kvwise.study.rows import TABLES, CellResult, Row, Status, identity, schema
 from kvwise.study.toml import to_toml
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "study.json"
 PLAN = "plan.toml"
 MAX_DEATHS = 2  # a cell during which the process died so often is recorded as failed instead of tried again
@@ -87,6 +87,19 @@ class StudyFolder:
 
     def marked_hash(self) -> str | None:
         """Hash of the plan whose study is here; None: nothing is here. UsageError if something else is."""
+        marked = self.marked()
+        if marked is None:
+            return None
+        found, version = marked
+        if version != FORMAT:
+            raise UsageError(
+                f"{self.path} was written in format {version}; this kvwise reads format {FORMAT}: choose another with "
+                f"--output, or read it with the kvwise that wrote it"
+            )
+        return found
+
+    def marked(self) -> tuple[str, int] | None:
+        """Plan hash and format of the study that is here; None: nothing is here. UsageError if something else is."""
         if self.path.is_dir() and not any(self.path.iterdir()):
             return None
         if not self.path.is_dir():
@@ -95,14 +108,11 @@ class StudyFolder:
             return None
         try:
             marker = json.loads((self.path / MARKER).read_text(encoding="utf-8"))
-            found, version = str(marker["plan_hash"]), int(marker["format"])
+            return str(marker["plan_hash"]), int(marker["format"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UsageError(
                 f"output folder {self.path} exists and is no study; choose another with --output (nothing was changed)"
             ) from None
-        if version != FORMAT:
-            raise UsageError(f"{self.path} was written in format {version}; this kvwise reads format {FORMAT}")
-        return found
 
     def _write_marker(self, plan: Plan) -> None:
         marker = {"format": FORMAT, "plan_hash": plan_hash(plan), "name": plan.name, "created": _now()}
@@ -193,9 +203,9 @@ class StudyFolder:
 
 
 def set_aside(path: Path, plan: Plan) -> Path | None:
-    """Rename a study of another plan at `path` to `path.1`, `path.2`, ...; None if there was none to rename."""
-    found = StudyFolder(path).marked_hash()
-    if found is None or found == plan_hash(plan):
+    """Rename a study of another plan or format at `path` to `path.1`, ...; None if there was none to rename."""
+    found = StudyFolder(path).marked()
+    if found is None or found == (plan_hash(plan), FORMAT):
         return None
     number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{n}").exists())
     target = path.with_name(f"{path.name}.{number}")

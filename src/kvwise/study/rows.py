@@ -13,7 +13,7 @@ from kvwise.core.output import RequestOutput
 from kvwise.study.cells import Cell
 from kvwise.study.face import ModelFacts, OnOffRun
 from kvwise.study.live import Drive, Sample
-from kvwise.study.quality import Agreement
+from kvwise.study.quality import Examined, Marked
 from kvwise.study.workloads import Job
 
 Row = dict[str, Any]
@@ -69,6 +69,7 @@ TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
         "blocks_total": _WHOLE,
         "peak_kv_bytes": _COUNTS,  # per tier
         "mean_kv_bytes": pa.map_(_TEXT, _REAL),
+        "kv_bytes_per_token": pa.map_(_TEXT, _REAL),  # per tier; of quality cells
         "peak_resident_bytes": _WHOLE,
         "links": pa.map_(_TEXT, _TEXT),
         "did": _COUNTS,
@@ -105,11 +106,18 @@ TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
         "kv_bytes": _COUNTS,
         "resident_bytes": _WHOLE,
     },
-    "quality": {
-        "prompt": _WHOLE,
-        "step": _WHOLE,
-        "same_top1": _FLAG,
-        "kl_nats": _REAL,
+    "answers": {
+        "task": _TEXT,
+        "protocol": _TEXT,
+        "episode": _WHOLE,
+        "question": _WHOLE,
+        "num_tokens": _WHOLE,
+        "right": _FLAG,  # null: there is no right answer, or it was scored
+        "score": _REAL,  # of records, 0 to 1
+        "nll_nats": _REAL,  # mean per answer token
+        "same_top1": _REAL,  # share of answer tokens
+        "kl_nats": _REAL,  # mean per answer token
+        "depth": _REAL,  # where in the context the evidence lies, 0 to 1
     },
     "onoff": {
         "side": _TEXT,
@@ -189,22 +197,34 @@ def live_result(cell: Cell, jobs: Sequence[Job], drive: Drive, facts: ModelFacts
     return CellResult(cell, Status.DONE, None, {"cells": [row], "requests": requests, "samples": samples})
 
 
-def quality_result(cell: Cell, measured: Agreement, facts: ModelFacts, wall_s: float) -> CellResult:
-    """The rows of an agreement cell."""
-    rows = [
-        {"prompt": prompt, "step": step, "same_top1": bool(same), "kl_nats": float(kl)}
-        for prompt, (sames, kls) in enumerate(zip(measured.same, measured.kl, strict=True))
-        for step, (same, kl) in enumerate(zip(sames, kls, strict=True))
-    ]
+def quality_result(cell: Cell, examined: Examined, facts: ModelFacts, wall_s: float) -> CellResult:
+    """The rows of a quality cell."""
     row = _cell_row(Status.DONE, None, wall_s) | {
-        "num_requests": len(measured.outputs),
-        "num_finished": len(measured.outputs),
-        "did": _total(o.attestation.did for o in measured.outputs),
-        "tokens_reused": sum(o.attestation.tokens_reused for o in measured.outputs),
+        "num_requests": len(examined.outputs),
+        "num_finished": len(examined.outputs),
+        "did": _total(o.attestation.did for o in examined.outputs),
+        "tokens_reused": sum(o.attestation.tokens_reused for o in examined.outputs),
         "num_parameters": facts.num_parameters,
         "kv_token_bytes": facts.kv_token_bytes,
+        "kv_bytes_per_token": examined.bytes_per_token,
     }
-    return CellResult(cell, Status.DONE, None, {"cells": [row], "quality": rows})
+    return CellResult(cell, Status.DONE, None, {"cells": [row], "answers": list(map(_answer_row, examined.marks))})
+
+
+def _answer_row(mark: Marked) -> Row:
+    return {
+        "task": mark.sitting.task,
+        "protocol": mark.sitting.protocol,
+        "episode": mark.sitting.episode,
+        "question": mark.answer.question,
+        "num_tokens": mark.num_tokens,
+        "right": mark.right,
+        "score": mark.score,
+        "nll_nats": mark.nll,
+        "same_top1": mark.same,
+        "kl_nats": mark.kl,
+        "depth": mark.answer.depth,
+    }
 
 
 def onoff_result(cell: Cell, runs: Sequence[tuple[int, OnOffRun, bool]], wall_s: float) -> CellResult:

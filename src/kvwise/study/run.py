@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvwise.core.errors import PlanError, UsageError
+from kvwise.models.builtin import BUILTIN
+from kvwise.study.asked import check_asked, num_exam_tokens
 from kvwise.study.cells import Cell, CellKind, check_strategies, expand
-from kvwise.study.face import Bench
+from kvwise.study.face import Bench, ModelFacts
 from kvwise.study.measure import CellRunner
 from kvwise.study.plan import Plan, TraceFile
 from kvwise.study.record import MAX_DEATHS, Progress, StudyFolder
 from kvwise.study.rows import CellResult, failed
 from kvwise.study.workloads import num_requests
+
+# Context tokens per second on one core, questions included: of the built-in model, and of one of a dozen million
+# parameters. What larger ones take is learned from their first cell.
+EXAM_RATE, EXAM_RATE_OTHERS = 12_000.0, 2_000.0
 
 
 class Watcher(Protocol):
@@ -41,23 +47,30 @@ class Watcher(Protocol):
 class _Estimate:
     """Guesses how long cells take, from their nominal length and from how the finished ones compared with it."""
 
-    spent: defaultdict[CellKind, float]
-    nominal: defaultdict[CellKind, float]
+    spent: defaultdict[tuple[CellKind, str], float]
+    nominal: defaultdict[tuple[CellKind, str], float]
 
     def learn(self, cell: Cell, wall_s: float) -> None:
-        self.spent[cell.kind] += wall_s
-        self.nominal[cell.kind] += nominal_seconds(cell)
+        self.spent[self._like(cell)] += wall_s
+        self.nominal[self._like(cell)] += nominal_seconds(cell)
 
     def seconds(self, cell: Cell) -> float:
-        known = self.nominal[cell.kind]
-        return nominal_seconds(cell) * (self.spent[cell.kind] / known if known else 1.0)
+        known = self.nominal[self._like(cell)]
+        return nominal_seconds(cell) * (self.spent[self._like(cell)] / known if known else 1.0)
+
+    def _like(self, cell: Cell) -> tuple[CellKind, str]:
+        """Traffic comes at its own pace; an exam takes as long as its model does."""
+        return cell.kind, cell.model if cell.kind is CellKind.QUALITY else ""
 
 
 def nominal_seconds(cell: Cell) -> float:
     """What a cell would take on a machine that keeps up, start and warm-up included."""
     if cell.kind is CellKind.ONOFF:
         return 25.0
-    if cell.kind is CellKind.QUALITY or cell.load is None:
+    if cell.quality is not None:
+        rate = EXAM_RATE if cell.model.startswith(BUILTIN) else EXAM_RATE_OTHERS
+        return 0.3 + num_exam_tokens(cell.quality, cell.model, cell.context) / rate
+    if cell.load is None:
         return 1.0
     if cell.rate is None or math.isinf(cell.rate) or isinstance(cell.workload, TraceFile):
         return 0.3 + cell.load.duration_s
@@ -97,14 +110,16 @@ def check_plan(plan: Plan, bench: Bench) -> list[Cell]:
         source = getattr(block.workload, "file", None)
         if source is not None and not Path(source).is_file():
             raise PlanError(f"block {block.name!r}: {source} is no file; give the path of the trace or CSV file")
+    facts: dict[str, ModelFacts] = {}
     for model in dict.fromkeys(cell.model for cell in cells):
         # Only what the user can mend stops the study here; a model too large for the machine is a failed cell.
         try:
-            bench.facts(model)
+            facts[model] = bench.facts(model)
         except UsageError:
             raise
         except Exception:
             continue
+    check_asked(plan, cells, facts)
     return cells
 
 

@@ -1,4 +1,4 @@
-"""Rows -> figures per condition and strategy: throughput, goodput, latencies, memory, agreement, with intervals."""
+"""Rows -> figures per condition and strategy: throughput, goodput, latencies, memory, quality, with intervals."""
 
 import math
 from collections import defaultdict
@@ -11,10 +11,24 @@ import numpy as np
 
 from kvwise.study import bootstrap
 from kvwise.study.bootstrap import Interval
-from kvwise.study.cells import CellKind, label
+from kvwise.study.cells import CellKind
 from kvwise.study.plan import Plan, Slo
 from kvwise.study.record import StudyFolder
 from kvwise.study.rows import Row, Status
+from kvwise.study.scores import QualityFigures, TaskFigures, quality_figures
+from kvwise.study.who import Who, who_of
+
+__all__ = [
+    "Condition",
+    "Figures",
+    "QualityFigures",
+    "Study",
+    "TaskFigures",
+    "Who",
+    "load_study",
+    "summarize",
+    "who_of",
+]
 
 PERCENTILES = (50.0, 90.0, 99.0)
 UNFINISHED = ("cut", "not sent")
@@ -44,25 +58,6 @@ class Condition:
         return f"{self.rate:g} req/s" + (f", at most {at_once}" if at_once else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Who:
-    """A strategy as shown and compared."""
-
-    framework: str
-    budget: float | None
-    strategy: str
-
-    @property
-    def label(self) -> str:
-        """Framework and budget."""
-        return label(self.framework, self.budget)
-
-    @property
-    def order(self) -> tuple[str, float, str]:
-        """Sorts frameworks by name and budgets from large to small."""
-        return self.framework, -(1.0 if self.budget is None else self.budget), self.strategy
-
-
 @dataclass(slots=True)
 class Figures:
     """What one strategy did under one condition. Rates per second, times in seconds, sizes in bytes."""
@@ -88,26 +83,13 @@ class Figures:
     hit_ratio: float | None
     preemptions: int
     links: dict[str, str]
-    agreement: Interval | None = None
-    kl: Interval | None = None
+    quality: QualityFigures | None = None  # of the nearest context length that was measured; it says which
 
     @property
     def rate_per_mib(self) -> float | None:
         """Output tokens per second for each MiB of KV held on the device, on average (the study's finding F5)."""
         held = self.mean_kv.get("device", 0.0)
         return self.output_rate.value / (held / 2**20) if held > 0 else None
-
-
-@dataclass(frozen=True, slots=True)
-class AgreementFigures:
-    """Agreement of one strategy with the full cache on one model and context length."""
-
-    model: str
-    context: int
-    who: Who
-    top1: Interval
-    kl: Interval
-    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -119,11 +101,11 @@ class Study:
     cells: list[Row]
     requests: list[Row]
     samples: list[Row]
-    quality: list[Row]
+    answers: list[Row]
     onoff: list[Row]
     num_left: int = 0
     figures: list[Figures] = field(default_factory=list)
-    agreements: list[AgreementFigures] = field(default_factory=list)
+    qualities: list[QualityFigures] = field(default_factory=list)
 
     @property
     def failed(self) -> list[Row]:
@@ -140,14 +122,14 @@ class Study:
 
 def load_study(folder: StudyFolder, plan: Plan, num_left: int = 0) -> Study:
     """Read a study's rows and work out its figures."""
-    tables = {name: folder.rows(name) for name in ("cells", "requests", "samples", "quality", "onoff")}
+    tables = {name: folder.rows(name) for name in ("cells", "requests", "samples", "answers", "onoff")}
     study = Study(
         plan.name,
         plan,
         cells=tables["cells"],
         requests=tables["requests"],
         samples=tables["samples"],
-        quality=tables["quality"],
+        answers=tables["answers"],
         onoff=tables["onoff"],
         num_left=num_left,
     )
@@ -156,11 +138,8 @@ def load_study(folder: StudyFolder, plan: Plan, num_left: int = 0) -> Study:
 
 
 def summarize(study: Study) -> None:
-    """Fill in `figures` and `agreements` from the rows."""
-    study.agreements = _agreements(study)
-    known = {(a.model, a.context, a.who.strategy): a for a in study.agreements}
-    # A trace brings its own lengths (context 0): the agreement at the first context length stands for it.
-    known |= {(a.model, 0, a.who.strategy): a for a in reversed(study.agreements)}
+    """Fill in `figures` and `qualities` from the rows."""
+    study.qualities = quality_figures(study.answers, study.cells)
     requests = _by_cell(study.requests)
     groups: dict[tuple[Condition, Who], list[Row]] = defaultdict(list)
     for row in study.cells:
@@ -169,9 +148,7 @@ def summarize(study: Study) -> None:
     study.figures = []
     for (condition, who), cells in sorted(groups.items(), key=lambda item: _place(study.plan, *item[0])):
         figures = _figures(condition, who, cells, [requests[c["cell"]] for c in cells], study.plan)
-        agreed = known.get((condition.model, condition.context, who.strategy))
-        if agreed is not None:
-            figures.agreement, figures.kl = agreed.top1, agreed.kl
+        figures.quality = _nearest(study.qualities, condition, who)
         study.figures.append(figures)
 
 
@@ -197,9 +174,10 @@ def condition_of(row: Row) -> Condition:
     )
 
 
-def who_of(row: Row) -> Who:
-    """The strategy of a cell's row."""
-    return Who(row["framework"], row["budget"], row["strategy"])
+def _nearest(qualities: Sequence[QualityFigures], condition: Condition, who: Who) -> QualityFigures | None:
+    """Quality of a strategy at the context length nearest to the condition's (a trace brings its own: the least)."""
+    mine = (q for q in qualities if (q.model, q.who.strategy) == (condition.model, who.strategy))
+    return min(mine, key=lambda q: abs(q.context - condition.context), default=None)
 
 
 def meets(row: Row, slo: Slo) -> bool:
@@ -269,21 +247,6 @@ def _with_bounds(rows: Sequence[Row], duration: float) -> list[Row]:
             waited = duration - row["arrival_s"]
             row = row | {"e2e_s": waited, "ttft_s": waited if row["ttft_s"] is None else row["ttft_s"]}
         out.append(row)
-    return out
-
-
-def _agreements(study: Study) -> list[AgreementFigures]:
-    groups: dict[tuple[str, int, Who], list[Row]] = defaultdict(list)
-    for row in study.quality:
-        groups[row["model"], row["context"], who_of(row)].append(row)
-    out = []
-    for (model, context, who), rows in sorted(groups.items(), key=lambda item: (*item[0][:2], item[0][2].order)):
-        prompts = sorted({row["prompt"] for row in rows})
-        # Tokens of one prompt depend on each other: the prompt is what is drawn again.
-        top1 = [fmean(float(r["same_top1"]) for r in rows if r["prompt"] == p) for p in prompts]
-        kl = [fmean(r["kl_nats"] for r in rows if r["prompt"] == p) for p in prompts]
-        same, apart = (bootstrap.mean([np.array(values)], study.plan.seed) for values in (top1, kl))
-        out.append(AgreementFigures(model, context, who, same, apart, len(rows)))
     return out
 
 

@@ -1,5 +1,6 @@
 """The study on the terminal: the verdict, then a table of all strategies; and the same as plain values for --json."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,23 +10,56 @@ from rich.text import Text
 
 from kvwise.study import words
 from kvwise.study.palette import Palette, short
-from kvwise.study.recommend import Verdict
+from kvwise.study.quality_words import findings
+from kvwise.study.recommend import Rejection, Verdict
+from kvwise.study.scores import Basis, QualityFigures
 from kvwise.study.summary import Figures, Study
 from kvwise.study.verdict import Decision
 
 
 def print_study(console: Console, study: Study, verdict: Verdict) -> None:
-    """Print the table of figures and, last, so that it is what stands above the prompt, the verdict."""
+    """Print the tables of figures and answers and, last, so that it is what stands above the prompt, the verdict."""
     colours = Palette(study).colours
-    console.print(_figures(study, colours))
+    if study.figures:
+        console.print(_figures(study, colours))
+    for model, context in dict.fromkeys((q.model, q.context) for q in study.qualities):
+        here = [q for q in study.qualities if (q.model, q.context) == (model, context)]
+        console.print(_answers(here, colours))
+    for heading, sentences in findings(study.qualities):
+        lines = (Text(f"  {sentence}") for sentence in sentences)
+        console.print(Group(Text(f"\n{heading}", style="bold"), *lines))
     console.print(_verdict(study, verdict, colours))
+
+
+def _answers(here: Sequence[QualityFigures], colours: dict[str, str]) -> RenderableType:
+    """What the strategies cost in answers on one model and context length."""
+    first = here[0]
+    keys = list(dict.fromkeys((t.task, t.protocol) for q in here for t in q.tasks))
+    graded = first.basis == Basis.TASKS
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("strategy", no_wrap=True)
+    for name in ("score", *(_task_name(*key) for key in keys)) if graded else ("same top-1", "KL nats"):
+        table.add_column(name, justify="right")
+    table.add_column("KV per token", justify="right")
+    for q in here:
+        found = {(t.task, t.protocol): t for t in q.tasks}
+        marks = [found[key].accuracy or found[key].nll if key in found else None for key in keys]
+        figures = [q.score, *marks] if graded else [q.top1, q.kl]
+        shown = Text(q.who.label, style=colours[q.who.framework])
+        table.add_row(shown, *map(words.estimate, figures), words.tiers(q.kv_bytes_per_token))
+    heading = "Quality" if graded else "Agreement with the full cache, no quality: the weights are not trained"
+    return Group(Text(f"\n{heading}: {short(first.model)}, context {first.context}", style="bold"), table)
+
+
+def _task_name(task: str, protocol: str) -> str:
+    return task if protocol == "multi-turn" else f"{task} ({protocol})"
 
 
 def _figures(study: Study, colours: dict[str, str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     for name, numeric in (("model", False), ("load", False), ("strategy", False), ("good/s", True), ("tok/s", True),
                           ("TTFT p50/p99 ms", True), ("TPOT ms", True), ("KV peak", True), ("hits", True),
-                          ("agree", True)):  # fmt: skip
+                          ("quality", True)):  # fmt: skip
         table.add_column(name, justify="right" if numeric else "left", no_wrap=name == "strategy")
     before = None
     for f in study.figures:
@@ -43,7 +77,7 @@ def _figures(study: Study, colours: dict[str, str]) -> Table:
             _ms(f, "tpot", 50.0),
             words.tiers(f.peak_kv),
             words.share(f.hit_ratio),
-            words.share(f.agreement.value) if f.agreement else "–",
+            words.score(f.quality),
         )
     return table
 
@@ -54,9 +88,18 @@ def _ms(figures: Figures, name: str, q: float) -> str:
 
 
 def _verdict(study: Study, verdict: Verdict, colours: dict[str, str]) -> RenderableType:
-    lines: list[Text] = [Text("\nVerdict", style="bold")]
+    lines: list[Text] = [Text("\nVerdict", style="bold")] if verdict.decisions else []
     for decision in verdict.decisions:
         lines.append(_decision(decision, colours))
+        if decision.without_floor is not None:
+            lines.append(Text(f"    {words.without_floor(decision)}", style="dim"))
+    floor = study.plan.min_quality
+    if floor is not None and (study.figures or study.qualities):
+        lines.append(Text(f"\nLeft out by the quality floor of {words.number(floor)}", style="bold"))
+        for ground, told in words.rejections(verdict.rejections, floor):
+            lines += [Text(f"  {ground}", style="dim"), *(Text(f"  {text}") for text in told)]
+        if not verdict.rejections:
+            lines.append(Text("  nobody: every strategy reaches it"))
     changes = [words.crossover(c) for c in verdict.crossovers]
     changes += [words.budget_crossover(c) for c in verdict.budget_crossovers]
     if changes:
@@ -69,6 +112,8 @@ def _verdict(study: Study, verdict: Verdict, colours: dict[str, str]) -> Rendera
         lines.append(Text(f"\n{short(advice.model)}: {advice.figures.who.label} {words.advice(advice)}", style="bold"))
         if advice.frugal:
             lines.append(Text(f"  {words.frugal(advice.frugal)}"))
+        if advice.without_floor:
+            lines.append(Text(f"  without the quality floor: {advice.without_floor.who.label}"))
         lines.append(Text(f"  run: {advice.command}"))
     return Group(*lines)
 
@@ -86,15 +131,25 @@ def as_values(study: Study, verdict: Verdict) -> dict[str, Any]:
     return {
         "study": study.name,
         "recommendations": [
-            {"model": r.model, "strategy": r.figures.who.strategy, "share_of_best": r.share, "command": r.command}
+            {
+                "model": r.model,
+                "strategy": r.figures.who.strategy,
+                "share_of_best": r.share,
+                "command": r.command,
+                "without_floor": None if r.without_floor is None else r.without_floor.who.strategy,
+            }
             for r in verdict.recommendations
         ],
+        "min_quality": study.plan.min_quality,
+        "rejected": [_rejected(r, study.plan.min_quality) for r in verdict.rejections],
         "decisions": [
             {
                 "condition": _plain(asdict(d.condition)),
                 "winner": None if d.winner is None else d.winner.who.strategy,
                 "by": None if d.by is None else d.by.value,
                 "tied": [f.who.strategy for f in d.tied],
+                "below_floor": [f.who.strategy for f in d.below_floor],
+                "without_floor": None if d.without_floor is None else words.outcome(d.without_floor),
                 "text": words.outcome(d),
             }
             for d in verdict.decisions
@@ -102,8 +157,24 @@ def as_values(study: Study, verdict: Verdict) -> dict[str, Any]:
         "crossovers": [words.crossover(c) for c in verdict.crossovers]
         + [words.budget_crossover(c) for c in verdict.budget_crossovers],
         "figures": [_plain(asdict(f)) for f in study.figures],
+        "quality": [_plain(asdict(q)) for q in study.qualities],
+        "findings": dict(findings(study.qualities)),
         "failed": [{"cell": r["cell"], "strategy": r["strategy"], "reason": r["reason"]} for r in study.failed],
         "cells_left": study.num_left,
+    }
+
+
+def _rejected(given: Rejection, floor: float | None) -> dict[str, Any]:
+    score = None if given.quality is None else given.quality.score
+    return {
+        "model": given.model,
+        "strategy": given.who.strategy,
+        "context": None if given.quality is None else given.quality.context,
+        "basis": None if given.quality is None else str(given.quality.basis),
+        "score": None if score is None else score.value,
+        "error": None if score is None else score.error,
+        "text": words.shortfall(given, floor or 0.0),
+        "grounds": None if given.quality is None else words.basis(given.quality),
     }
 
 

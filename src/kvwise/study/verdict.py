@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from kvwise.study.bootstrap import Interval
 from kvwise.study.plan import Plan
-from kvwise.study.summary import Condition, Figures
+from kvwise.study.summary import Condition, Figures, QualityFigures
 
 
 class Measure(StrEnum):
@@ -25,21 +25,25 @@ UNITS = {Measure.GOODPUT: "good req/s", Measure.THROUGHPUT: "tok/s", Measure.LAT
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Who wins under one condition. `winner` is None on a tie of `tied`, or if nobody meets the agreement floor."""
+    """Who wins under one condition. `winner` is None on a tie of `tied`, or if nobody reaches the quality floor.
+
+    `below_floor` are those the floor leaves out; `without_floor` is the decision without it, if another one.
+    """
 
     condition: Condition
     winner: Figures | None
     by: Measure | None
     runner_up: Figures | None
     tied: tuple[Figures, ...]
-    below_floor: tuple[Figures, ...]
+    below_floor: tuple[Figures, ...] = ()
+    without_floor: "Decision | None" = None
 
     @property
     def pick(self) -> Figures | None:
-        """The winner; of those that tie, the one nearest to the full cache, then the one that holds least KV."""
+        """The winner; of those that tie, the one of the best quality, then the one that holds least KV."""
         if self.winner is not None or not self.tied:
             return self.winner
-        return max(self.tied, key=lambda f: (agreement_of(f), -f.mean_kv.get("device", 0.0)))
+        return max(self.tied, key=lambda f: (score_of(f), -f.mean_kv.get("device", 0.0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +67,19 @@ class BudgetCrossover:
 
 
 def decide(group: Sequence[Figures], plan: Plan) -> Decision:
-    """The winner among strategies that were run under one condition."""
-    floor = plan.agreement_floor
-    allowed = [f for f in group if floor is None or agreement_of(f) >= floor]
-    below = tuple(f for f in group if f not in allowed)
-    condition = group[0].condition
-    tied = list(allowed)
+    """The winner among strategies that were run under one condition and reach the plan's quality floor."""
+    free = _decide(group, group[0].condition, plan)
+    below = tuple(f for f in group if not reaches(f.quality, plan.min_quality))
+    if not below:
+        return free
+    allowed = [f for f in group if reaches(f.quality, plan.min_quality)]
+    held = replace(_decide(allowed, group[0].condition, plan), below_floor=below)
+    # Of a tie the best quality is picked anyway: only another pick is another verdict.
+    return held if held.pick == free.pick else replace(held, without_floor=free)
+
+
+def _decide(group: Sequence[Figures], condition: Condition, plan: Plan) -> Decision:
+    tied = list(group)
     for measure in Measure:
         if measure is Measure.GOODPUT and not has_levels(plan):
             continue
@@ -76,9 +87,16 @@ def decide(group: Sequence[Figures], plan: Plan) -> Decision:
         best = ranked[:1]
         tied = best + [f for f in ranked[1:] if _ties(best[0], f, measure, plan.tie_margin)]
         if len(tied) == 1 and len(ranked) > 1:
-            return Decision(condition, tied[0], measure, ranked[1], (), below)
+            return Decision(condition, tied[0], measure, ranked[1], ())
     winner = tied[0] if len(tied) == 1 else None
-    return Decision(condition, winner, None, None, () if winner else tuple(tied), below)
+    return Decision(condition, winner, None, None, () if winner else tuple(tied))
+
+
+def reaches(quality: QualityFigures | None, floor: float | None) -> bool:
+    """Whether a strategy's score reaches the floor. Without a floor all do; what was not measured reaches none."""
+    if floor is None:
+        return True
+    return quality is not None and quality.score is not None and quality.score.value >= floor
 
 
 def has_levels(plan: Plan) -> bool:
@@ -113,9 +131,10 @@ def _ties(best: Figures, other: Figures, measure: Measure, margin: float) -> boo
     return a.overlaps(b) or abs(a.value - b.value) <= doubt * max(a.value, b.value)
 
 
-def agreement_of(figures: Figures) -> float:
-    """Share of greedy tokens that equal the full cache's; 0 where it was not measured."""
-    return figures.agreement.value if figures.agreement is not None else 0.0
+def score_of(figures: Figures) -> float:
+    """The score of quality, 1 for what answers as the full cache does; 0 where it was not measured."""
+    quality = figures.quality
+    return 0.0 if quality is None or quality.score is None else quality.score.value
 
 
 def crossovers(decisions: Sequence[Decision]) -> list[Crossover]:
@@ -135,7 +154,7 @@ def crossovers(decisions: Sequence[Decision]) -> list[Crossover]:
 def _differ(before: Decision, after: Decision) -> bool:
     """Whether another strategy is to be run: a clear winner of one side loses on the other.
 
-    So is one that only ties there with a strategy nearer to the full cache: nothing pays for the distance any more.
+    So is one that only ties there with a strategy of better quality: nothing pays for what it costs any more.
     """
     for one, other in ((before, after), (after, before)):
         if one.winner is None or other.pick is None:
@@ -143,7 +162,7 @@ def _differ(before: Decision, after: Decision) -> bool:
         if other.winner is not None:
             return one.winner.who != other.winner.who
         in_tie = one.winner.who in {f.who for f in other.tied}
-        return not in_tie or agreement_of(other.pick) > agreement_of(one.winner)
+        return not in_tie or score_of(other.pick) > score_of(one.winner)
     return False
 
 
@@ -168,8 +187,8 @@ def budget_crossovers(group: Sequence[Figures], plan: Plan) -> list[BudgetCrosso
         others = [f for f in group if f.who.framework != framework]
         if len(own) < 2 or not others:
             continue
-        # Speed alone is compared here: the page shows what each budget costs in agreement elsewhere.
-        speed = plan.model_copy(update={"agreement_floor": None})
+        # Speed alone is compared here: the page shows what each budget costs in quality elsewhere.
+        speed = plan.model_copy(update={"min_quality": None})
         other = decide(others, speed).pick or others[0]
         outcomes = [(f.who.budget or 1.0, decide([f, other], speed).winner is f) for f in own]
         for (budget, won), (next_budget, next_won) in pairwise(outcomes):

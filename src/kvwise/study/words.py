@@ -1,9 +1,14 @@
 """Figures and findings in words, the same on the page and on the terminal."""
 
 import math
+from collections.abc import Sequence
 
 from kvwise.study.bootstrap import Interval
-from kvwise.study.recommend import Frugal, Recommendation
+from kvwise.study.cells import REFERENCE
+from kvwise.study.estimate import Estimate, Z
+from kvwise.study.palette import short
+from kvwise.study.recommend import Frugal, Recommendation, Rejection
+from kvwise.study.scores import Basis, QualityFigures
 from kvwise.study.summary import Condition, Figures
 from kvwise.study.verdict import BudgetCrossover, Crossover, Decision, Measure, measured
 
@@ -34,6 +39,74 @@ def spread(interval: Interval | None, scale: float = 1.0) -> str:
     return f"{number(interval.value * scale)} ({low}–{high})"
 
 
+def estimate(found: Estimate | None) -> str:
+    """A value with one standard error: two decimals, three where the error is small; alone where there is none."""
+    if found is None:
+        return "–"
+    if found.error < 0.0005:
+        return number(found.value)
+    digits = 2 if found.error >= 0.00995 else 3
+    return f"{found.value:.{digits}f} ± {found.error:.{digits}f}"
+
+
+def basis_word(quality: QualityFigures | None) -> str:
+    """What its score is called."""
+    return "agreement" if quality is not None and quality.basis == Basis.AGREEMENT else "score"
+
+
+def score(quality: QualityFigures | None) -> str:
+    """The score with its standard error; agreement is named, since it is another thing."""
+    if quality is None or quality.score is None:
+        return "–"
+    return ("agrees " if quality.basis == Basis.AGREEMENT else "") + estimate(quality.score)
+
+
+def basis(quality: QualityFigures) -> str:
+    """What a score rests on."""
+    where = f"context {quality.context}"
+    if quality.basis == Basis.AGREEMENT:
+        return f"most likely tokens that are the full cache's, random prompts, {where}"
+    tasks = {t.task for t in quality.tasks if t.accuracy is not None} - set(quality.left_out)
+    answers = sum(t.num_answers for t in quality.tasks if t.task in tasks)
+    count = f"{len(tasks)} task{'' if len(tasks) == 1 else 's'}"
+    return f"right answers over the full cache's, {count}, {answers:,} answers, {where}"
+
+
+def _answers(quality: QualityFigures) -> str:
+    if quality.basis == Basis.AGREEMENT and quality.who.strategy != REFERENCE:
+        return f"agrees with the full cache on {estimate(quality.score)} of tokens"
+    if quality.who.strategy == REFERENCE:
+        return "its answers are what quality is measured by"
+    return f"gives {estimate(quality.score)} of the full cache's right answers (context {quality.context})"
+
+
+def shortfall(given: Rejection, floor: float) -> str:
+    """By what a strategy misses the quality floor."""
+    quality = given.quality
+    if quality is None:
+        return f"{given.who.label}: its quality was not measured"
+    if quality.score is None:
+        return f"{given.who.label}: no task of context {quality.context} has right answers that the full cache knows"
+    close = floor - quality.score.value <= Z * quality.score.error
+    doubt = ", within the error of the floor" if close else ""
+    return f"{given.who.label}: {basis_word(quality)} {estimate(quality.score)}{doubt}"
+
+
+def rejections(given: Sequence[Rejection], floor: float) -> list[tuple[str, list[str]]]:
+    """(On what grounds, whom) the quality floor leaves out, by model and context."""
+    out: dict[str, list[str]] = {}
+    for rejection in given:
+        quality = rejection.quality
+        ground = "" if quality is None or quality.score is None else f": {basis(quality)}"
+        out.setdefault(short(rejection.model) + ground, []).append(shortfall(rejection, floor))
+    return list(out.items())
+
+
+def without_floor(decision: Decision) -> str:
+    """Who would have won without the quality floor; empty if the same."""
+    return "" if decision.without_floor is None else f"without the floor: {outcome(decision.without_floor)}"
+
+
 def size(num_bytes: float) -> str:
     """Bytes with a unit."""
     for unit, amount in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -45,6 +118,11 @@ def size(num_bytes: float) -> str:
 def share(value: float | None) -> str:
     """A share as per cent."""
     return "–" if value is None else f"{value * 100:.0f} %"
+
+
+def budget(value: float | None) -> str:
+    """A KV budget as per cent, without rounding."""
+    return "–" if value is None else f"{value * 100:g} %"
 
 
 def condition(given: Condition) -> str:
@@ -59,7 +137,7 @@ def outcome(decision: Decision) -> str:
     winner = decision.winner
     if winner is None:
         if not decision.tied:
-            return "no strategy reaches the agreement floor"
+            return "no strategy reaches the quality floor"
         return f"tie: {', '.join(f.who.label for f in decision.tied)}"
     if decision.by is None or decision.runner_up is None:
         return f"{winner.who.label} (nothing to compare with)"
@@ -102,26 +180,27 @@ def budget_crossover(found: BudgetCrossover) -> str:
     given = found.condition
     return (
         f"{given.model}, {condition(given)}: {found.framework} beats {found.other.who.label} in speed at budget "
-        f"{share(found.wins)}, not at {share(found.fails)}"
+        f"{budget(found.wins)}, not at {budget(found.fails)}"
     )
 
 
 def advice(given: Recommendation) -> str:
     """Why this is recommended."""
     what = "goodput" if given.measure is Measure.GOODPUT else "throughput"
-    agreed = given.figures.agreement
-    quality = "" if agreed is None else f", and agrees with the full cache on {share(agreed.value)} of tokens"
+    quality = given.figures.quality
+    told = "" if quality is None or quality.score is None else f"; {_answers(quality)}"
     count = f"{given.num_conditions} condition{'s' if given.num_conditions > 1 else ''}"
-    return f"reaches {share(given.share)} of the best {what} over {count}{quality}"
+    return f"reaches {share(given.share)} of the best {what} over {count}{told}"
 
 
 def frugal(given: Frugal) -> str:
     """The alternative for short memory."""
-    agreed = given.figures.agreement
-    quality = "" if agreed is None else f" and {share(agreed.value)} agreement"
+    quality = given.figures.quality
+    scored = quality is not None and quality.score is not None
+    told = f" and {basis_word(quality)} {estimate(quality.score)}" if quality is not None and scored else ""
     return (
         f"where KV memory is short: {given.figures.who.label} gives {given.gain:.1f}× the output per byte of KV held, "
-        f"at {share(given.share)} of the best speed{quality}"
+        f"at {share(given.share)} of the best speed{told}"
     )
 
 

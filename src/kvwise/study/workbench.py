@@ -1,8 +1,10 @@
 """The real bench: models, engines, and transformers' own generation beside them."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kvwise.core.clock import Clock, MonotonicClock
 from kvwise.core.config import EngineConfig, parse_bytes
-from kvwise.core.errors import PlanError, RequestError
+from kvwise.core.errors import PlanError, RequestError, TaskError
 from kvwise.core.method import Axis
 from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
@@ -19,12 +21,19 @@ from kvwise.engine.engine import Engine
 from kvwise.engine.placement.choose import LINKS
 from kvwise.engine.sizing import kv_dtype
 from kvwise.methods.catalogue import parse
+from kvwise.models.builtin import BUILTIN, builtin_folders
 from kvwise.models.load import load_model
 from kvwise.models.loaded import LoadedModel
 from kvwise.models.quiet import quiet
 from kvwise.models.random import RANDOM_MODELS, build
+from kvwise.models.text import HuggingFaceTokenizer
 from kvwise.study.face import EngineFace, ModelFacts, OnOffRun
 from kvwise.study.plan import Plan, link_speeds
+from kvwise.tasks.language import Language
+from kvwise.tasks.text_language import TextLanguage
+from kvwise.tasks.token_language import TokenLanguage
+
+_log = logging.getLogger(__name__)
 
 HELD_SHARE = 0.25  # of the machine's memory: models loaded before are kept while they fit in it
 
@@ -45,6 +54,7 @@ class Workbench:
         self._plan = plan
         self._held: dict[str, LoadedModel] = {}
         self._plain: dict[str, Any] = {}
+        self._languages: dict[str, Language | None] = {}
         self._process = psutil.Process(os.getpid())
         if plan.threads is not None:
             torch.set_num_threads(plan.threads)
@@ -77,7 +87,15 @@ class Workbench:
             kv_token_bytes=2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * element,
             weight_bytes=loaded.weight_bytes,
             num_parameters=loaded.num_parameters,
+            language=self._language(loaded),
+            tokenizer=_reader(loaded),
         )
+
+    def _language(self, loaded: LoadedModel) -> Language | None:
+        """What a model can be asked in: the token language, English, or nothing. Made once: it keeps what it drew."""
+        if loaded.name not in self._languages:
+            self._languages[loaded.name] = _language_of(loaded)
+        return self._languages[loaded.name]
 
     def engine(self, model: str, strategy: str, memory_bytes: int | None) -> EngineFace:
         """A fresh engine; `memory_bytes` is the size of its KV pool, None for its default."""
@@ -154,11 +172,32 @@ class Workbench:
                     # Its twin under kvwise's attention is loaded by now, so the size was judged there.
                     plain = build(RANDOM_MODELS[name](), self._plan.seed, check_size=lambda _: None)
                 else:
-                    plain = auto.from_pretrained(model, dtype=torch.float32).eval()
+                    folder = builtin_folders()[model.removeprefix(BUILTIN)] if model.startswith(BUILTIN) else model
+                    plain = auto.from_pretrained(folder, dtype=torch.float32).eval()
             # Timed runs have a given length: no token ends them, as with ignore_eos on our side.
             plain.generation_config.eos_token_id = None
             self._plain = {model: plain}
         return self._plain[model]
+
+
+def _reader(loaded: LoadedModel) -> HuggingFaceTokenizer | None:
+    """The tokenizer of a model that reads text; bytes fed to random weights are none."""
+    tokenizer = loaded.tokenizer
+    return tokenizer if isinstance(tokenizer, HuggingFaceTokenizer) and not loaded.speaks_tokens else None
+
+
+def _language_of(loaded: LoadedModel) -> Language | None:
+    if loaded.speaks_tokens:
+        return TokenLanguage(loaded.vocab_size)
+    tokenizer = _reader(loaded)
+    if tokenizer is None:
+        return None
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    try:
+        return TextLanguage(partial(tokenizer.encode, add_special=False), tokenizer.decode, begin)
+    except TaskError as error:
+        _log.warning("%s is asked no tasks, only for agreement with the full cache: %s", loaded.name, error)
+        return None
 
 
 class _FirstToken:

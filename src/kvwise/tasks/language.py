@@ -44,6 +44,10 @@ class Language(ABC):
     def ask(self, key: Tokens) -> Tokens:
         """Which values has `key`? The answer is `answer(values)`."""
 
+    def exchange(self, key: Tokens, values: Sequence[Tokens]) -> Tokens:
+        """A question about `key` with its answer, as part of a context."""
+        return (*self.ask(key), *self.answer(values))
+
     @abstractmethod
     def link(self, source: Tokens, variable: Tokens) -> Tokens:
         """`variable` is assigned what `source` is (a value or another variable)."""
@@ -51,6 +55,10 @@ class Language(ABC):
     @abstractmethod
     def ask_links(self, value: Tokens) -> Tokens:
         """Which variables have `value`, directly or through others?"""
+
+    def mention(self, word: Tokens) -> Tokens:
+        """One occurrence of a word to be counted."""
+        return word
 
     @abstractmethod
     def ask_count(self, group: int) -> Tokens:
@@ -71,6 +79,10 @@ class Language(ABC):
     @abstractmethod
     def filler(self, rng: np.random.Generator, count: int) -> list[int]:
         """`count` tokens of text that says nothing."""
+
+    def pauses(self, filler: Sequence[int], cuts: Sequence[int]) -> Sequence[int]:
+        """Where statements stand that were to interrupt `filler` at `cuts` (ascending): there, or a little later."""
+        return cuts
 
     def num_facts(self, length: int, statement: Tokens, symbols: int) -> int:
         """How many statements such as `statement`, of `symbols` keys or values each, a context should hold.

@@ -50,6 +50,8 @@ class TokenLanguage(Language):
 
     def words(self, rng: np.random.Generator, group: int, count: int) -> list[Tokens]:
         """Ids of one group."""
+        if count > GROUP_SIZE:
+            raise TaskError(f"{count} different words of a group are needed and the language has {GROUP_SIZE}")
         first = FIRST_WORD + group * GROUP_SIZE
         return [(first + int(i),) for i in rng.permutation(GROUP_SIZE)[:count]]
 

@@ -18,7 +18,10 @@ class Placement(Protocol):
     settles: bool
     wants_mass: bool  # whether prefill must accumulate the attention each token receives
     looks_ahead: bool  # whether its parts want to see a layer's query before the layer runs
-    forks: bool  # whether a sequence whose prefill has ended can be forked (else samples are computed apart)
+
+    def observed_rows(self, num_prompt: int) -> int | None:
+        """Of a prompt's rows, how many of the last count towards the mass; None: every row, also those behind it."""
+        ...
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
         """Why a request of `num_prompt` tokens that may grow to `num_tokens` can never be held, or None."""
@@ -26,6 +29,13 @@ class Placement(Protocol):
 
     def admit(self, sequence: Seq) -> bool:
         """Hold what a sequence about to start needs outside the device pool. False: no room now, nothing is held."""
+        ...
+
+    def fork(self, source: Seq, sibling: Seq) -> bool:
+        """Hold for `sibling`, which has a row and shares the blocks of `source`, what is held for that one.
+
+        The prefill of `source` has ended, neither has settled. False: no room now, nothing is held.
+        """
         ...
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:

@@ -13,7 +13,10 @@ class BlockPlacement:
     settles = False
     wants_mass = False
     looks_ahead = False
-    forks = True
+
+    def observed_rows(self, num_prompt: int) -> int | None:
+        """No mass is wanted."""
+        return None
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
         """The pool's own limit is all there is."""
@@ -21,6 +24,10 @@ class BlockPlacement:
 
     def admit(self, sequence: Seq) -> bool:
         """Nothing is needed outside the pool."""
+        return True
+
+    def fork(self, source: Seq, sibling: Seq) -> bool:
+        """Nothing is held outside the pool."""
         return True
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:

@@ -16,6 +16,8 @@ from kvwise.engine.placement.base import Placement
 from kvwise.engine.placement.blocks import BlockPlacement
 from kvwise.engine.placement.pages import PagePlacement
 from kvwise.engine.placement.recall import RecallPlacement
+from kvwise.engine.placement.recall_part import Recall
+from kvwise.engine.placement.recall_tiers import RecallTiers
 from kvwise.engine.sizing import kv_dtype, max_model_len, num_device_blocks, num_host_blocks
 from kvwise.kernels import kernels_for
 from kvwise.kernels.base import Kernels
@@ -104,23 +106,23 @@ def _recall(
             f"{selection.name} cannot serve {loaded.name} beyond its sliding window of {min(windows)} tokens: "
             f"set max_model_len to at most {min(windows)}, or use another strategy"
         )
-    shape = IndexShape(layout.num_layers, loaded.num_query_heads, layout.num_kv_heads, layout.head_dim, loaded.device)
+    softcaps = tuple(layer.softcap for layer in loaded.layers)
+    shape = IndexShape(
+        layout.num_layers, loaded.num_query_heads, layout.num_kv_heads, layout.head_dim, loaded.device, softcaps
+    )
     index = selection.index(shape)
     calibrate(loaded, index, layout, kernels)
     cpu = torch.device("cpu")
     num_blocks = num_host_blocks(loaded, config, layout, arena.num_blocks, block_bytes(layout))
-    return RecallPlacement(
-        selection,
-        index,
-        cache,
+    tiers = RecallTiers(
         arena,
-        host_cache=_manager(loaded, config, layout, num_blocks, clock, dtype, sharing=False),
-        host=Arena(layout, num_blocks, dtype, cpu),
-        kernels=kernels,
+        Arena(layout, num_blocks, dtype, cpu),
+        kernels,
         # Transfers run beside the computation: they must not ask for the threads it uses.
-        host_kernels=kernels_for(cpu, config.kernels if loaded.device == cpu else None, num_threads=1),
+        kernels_for(cpu, config.kernels if loaded.device == cpu else None, num_threads=1),
         fetch_link=Link("host:device", config.links.get("host:device")),
         store_link=Link("device:host", config.links.get("device:host")),
-        scales=[layer.scale for layer in loaded.layers],
-        audit=config.audit,
     )
+    recall = Recall(selection, index, tiers, loaded.layers, config.audit)
+    host_cache = _manager(loaded, config, layout, num_blocks, clock, dtype, sharing=False)
+    return RecallPlacement(recall, cache, host_cache)

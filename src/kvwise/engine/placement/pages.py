@@ -19,13 +19,14 @@ from kvwise.tiers.arena import Arena
 class PagePlacement:
     """Carries out a retention method.
 
-    State is batched over the cache manager's rows R: page tables int32 [R, L, H, N], `used` slots int32 [R, L, H]
-    and `write` int32 [R, L, H], the slot index where the next token goes: at the end, or where the victim was.
+    A request has the pages of its capacity for good, or, where the method lets the cache grow, one more whenever its
+    output has filled the last. State is batched over the cache manager's rows R: page tables int32 [R, L, H, N],
+    `used` slots int32 [R, L, H] and `write` int32 [R, L, H], the slot index where the next token goes: at the end, or
+    where the victim was.
     """
 
     settles = True
     looks_ahead = False
-    forks = True
 
     def __init__(
         self, retention: Retention, cache: CacheManager, arena: Arena, kernels: Kernels, max_rows: int
@@ -35,6 +36,7 @@ class PagePlacement:
         self._arena = arena
         self._kernels = kernels
         self.wants_mass = retention.needs_mass
+        self._ranks_victims = retention.needs_mass and not retention.grows  # while decoding, by mass
         layout = arena.layout
         self._shape = (layout.num_layers, layout.num_kv_heads)
         self._device = arena.keys.device
@@ -42,6 +44,11 @@ class PagePlacement:
         self._used = torch.zeros((max_rows, *self._shape), dtype=torch.int32, device=self._device)
         self._write = torch.zeros_like(self._used)
         self._capacity = torch.zeros(max_rows, dtype=torch.int32, device=self._device)
+        self._pages_held = np.zeros(max_rows, dtype=np.int64)  # by each head of a row
+
+    def observed_rows(self, num_prompt: int) -> int | None:
+        """As the method says."""
+        return self._retention.observed_rows(num_prompt)
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
         """The pool must hold all a head may ever keep, and the token being added (a window can outgrow the prompt)."""
@@ -58,10 +65,16 @@ class PagePlacement:
         """Slots a head of a request of `num_prompt` tokens that may grow to `num_tokens` can need at once."""
         capacity = self._retention.capacity(num_prompt)
         assert capacity is not None
+        if self._retention.grows:
+            return min(capacity, num_prompt) + num_tokens - num_prompt
         return min(capacity, num_tokens) + 1
 
     def admit(self, sequence: Seq) -> bool:
         """Nothing is needed outside the pool."""
+        return True
+
+    def fork(self, source: Seq, sibling: Seq) -> bool:
+        """Nothing is held outside the pool: masses are forked with the blocks they lie beside."""
         return True
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
@@ -74,18 +87,17 @@ class PagePlacement:
         """Keep what the method keeps: move those slots together and free every other page."""
         assert sequence.row is not None
         num_tokens = sequence.num_computed
-        capacity = self._retention.capacity(sequence.num_prompt)
-        assert capacity is not None
         blocks = self._block_table(sequence.row, num_tokens)
-        kept = self._kept(blocks, num_tokens, capacity)
-        counts = kept.sum(-1)
-        pages = self._cache.paginate(sequence.row, self._num_pages(sequence))
+        kept = self._kept(blocks, sequence)
+        num_pages = self._num_pages(sequence)
+        pages = self._cache.paginate(sequence.row, self._each_head(num_pages))
         if pages is None:
             return False
         tables = torch.from_numpy(pages).to(self._device)
         compact(self._arena, self._kernels, kept, blocks, tables)
         self._cache.finish_paginate(sequence.row)
-        self._remember(sequence.row, tables, counts, capacity)
+        counts = kept.sum(-1)
+        self._remember(sequence, tables, counts)
         self._attest(sequence, num_tokens, counts, tables)
         return True
 
@@ -93,37 +105,51 @@ class PagePlacement:
         num_blocks = self._arena.layout.num_blocks_for(num_tokens)
         return torch.from_numpy(self._cache.tables[row, :num_blocks].astype(np.int64)).to(self._device)
 
-    def _kept(self, blocks: Tensor, num_tokens: int, capacity: int) -> Tensor:
+    def _kept(self, blocks: Tensor, sequence: Seq) -> Tensor:
         """bool [L, H, T]: what the method keeps, checked against its capacity."""
+        num_tokens, num_prompt = sequence.num_computed, sequence.num_prompt
         mass = None
         if self.wants_mass:
             column = self._arena.by_block("mass")[blocks]  # [N, L * H, block_size]
             mass = column.transpose(0, 1).reshape(*self._shape, -1)[..., :num_tokens]
         positions = torch.arange(num_tokens, dtype=torch.int32, device=self._device)
-        kept = self._retention.keep(PromptView(num_tokens, capacity, self._shape, positions, mass))
+        capacity = self._retention.capacity(num_prompt)
+        assert capacity is not None
+        kept = self._retention.keep(PromptView(num_tokens, num_prompt, capacity, self._shape, positions, mass))
+        allowed = capacity + (num_tokens - num_prompt if self._retention.grows else 0)
         most = int(kept.sum(-1).max())
-        if kept.shape != (*self._shape, num_tokens) or most > max(capacity, 0):
+        if kept.shape != (*self._shape, num_tokens) or most > max(allowed, 0):
             raise ValueError(
                 f"{self._retention.name} kept {most} of {num_tokens} tokens as {tuple(kept.shape)}; "
-                f"at most {capacity} per layer and head may stay, told as a mask of {(*self._shape, num_tokens)}"
+                f"at most {allowed} per layer and head may stay, told as a mask of {(*self._shape, num_tokens)}"
             )
         return kept
 
-    def _num_pages(self, sequence: Seq) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-        """Pages [L, H] for all a head may ever hold."""
-        most = self._most(sequence.num_prompt, sequence.num_prompt + sequence.params.max_tokens)
-        return np.full(self._shape, self._arena.layout.num_blocks_for(most), dtype=np.int64)
+    def _num_pages(self, sequence: Seq) -> int:
+        """Pages of a head: for all it may ever hold, or where the cache grows for the tokens there are."""
+        grown = sequence.num_prompt + sequence.params.max_tokens
+        most = self._most(sequence.num_prompt, len(sequence.tokens) if self._retention.grows else grown)
+        return self._arena.layout.num_blocks_for(most)
 
-    def _remember(self, row: int, tables: Tensor, counts: Tensor, capacity: int) -> None:
+    def _each_head(self, num_pages: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        return np.full(self._shape, num_pages, dtype=np.int64)
+
+    def _remember(self, sequence: Seq, tables: Tensor, counts: Tensor) -> None:
+        row, capacity = sequence.row, self._retention.capacity(sequence.num_prompt)
+        assert row is not None and capacity is not None
+        self._note_tables(row, tables)
+        self._used[row] = counts
+        self._write[row] = counts
+        self._capacity[row] = torch.iinfo(torch.int32).max if self._retention.grows else capacity
+
+    def _note_tables(self, row: int, tables: Tensor) -> None:
         num_entries = tables.shape[-1]
         if num_entries > self._tables.shape[-1]:
             grown = self._tables.new_zeros((*self._tables.shape[:-1], num_entries))
             grown[..., : self._tables.shape[-1]] = self._tables
             self._tables = grown
         self._tables[row, ..., :num_entries] = tables
-        self._used[row] = counts
-        self._write[row] = counts
-        self._capacity[row] = capacity
+        self._pages_held[row] = num_entries
 
     def _attest(self, sequence: Seq, num_tokens: int, counts: Tensor, tables: Tensor) -> None:
         layout = self._arena.layout
@@ -137,7 +163,16 @@ class PagePlacement:
     # -- decoding -----------------------------------------------------------------------------------------------
 
     def grow(self, sequence: Seq) -> bool:
-        """There is always room: a head at its capacity gives up a victim."""
+        """A head at its capacity gives up a victim; where nothing is given up, a full last page asks for another."""
+        row = sequence.row
+        num_pages = self._num_pages(sequence) if self._retention.grows else 0
+        assert row is not None
+        if num_pages <= self._pages_held[row]:
+            return True
+        pages = self._cache.grow_pages(row, self._each_head(num_pages))
+        if pages is None:
+            return False
+        self._note_tables(row, torch.from_numpy(pages).to(self._device))
         return True
 
     def part(self, sequences: Sequence[Seq], rows: slice) -> PagePart:
@@ -158,13 +193,13 @@ class PagePlacement:
             tables,
             self._used[index].permute(1, 0, 2).contiguous(),
             slots,
-            mass=self.wants_mass,
+            mass=self._ranks_victims,
         )
 
     def _reset_columns(self, slots: Tensor, positions: Tensor) -> None:
         """A slot that is written anew has its token's position and has received nothing yet."""
         self._arena.columns["positions"].view(-1)[slots] = positions[:, None].expand(slots.shape)
-        if self.wants_mass:
+        if self._ranks_victims:
             self._arena.columns["mass"].view(-1)[slots] = 0.0
 
     def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:

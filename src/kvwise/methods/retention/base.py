@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 class PromptView:
     """The KV of one request when its prefill has ended.
 
-    `mass` is float32 [L, H, T]: the attention each token received from all prompt rows, summed over the query heads
-    of its KV head; None unless the method sets `needs_mass`. Token t has position t.
+    The first `num_prompt` of its `num_tokens` tokens are the prompt; there are others only if the request was
+    preempted, and its output is computed again with the prompt. `mass` is float32 [L, H, T]: the attention each token
+    received from all these rows (or from the method's `observed_rows`), summed over the query heads of its KV head;
+    None unless the method sets `needs_mass`. Token t has position t.
     """
 
     num_tokens: int
+    num_prompt: int
     capacity: int
     shape: tuple[int, int]  # L, H
     positions: Tensor
@@ -49,18 +52,33 @@ class DecodeView:
 
 @dataclass(frozen=True)
 class Retention(Method):
-    """A method that decides which tokens stay."""
+    """A method that decides which tokens stay.
+
+    A method that `grows` keeps every token of the output: its capacity holds for the prompt alone, and it is never
+    asked for victims.
+    """
 
     axis: ClassVar[Axis] = Axis.RETENTION
     needs_mass: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
+
+    def observed_rows(self, num_prompt_tokens: int) -> int | None:
+        """How many of the prompt's last rows count towards the mass; None: every row, also those behind the prompt."""
+        return None
 
     @abstractmethod
     def capacity(self, num_prompt_tokens: int) -> int | None:
-        """Slots a request may hold per layer and head once its prompt is known; None: no limit, nothing is dropped."""
+        """Slots a request may hold per layer and head once its prompt is known; None: no limit, nothing is dropped.
+
+        Where the method `grows`, these are the slots of prompt tokens, and the output's come on top.
+        """
 
     @abstractmethod
     def keep(self, view: PromptView) -> Tensor:
-        """Which prompt tokens stay: bool [L, H, T], at most `view.capacity` true per layer and head."""
+        """Which tokens stay: bool [L, H, T], at most `view.capacity` true per layer and head.
+
+        Where the method `grows`, that many of the prompt and all that follow it.
+        """
 
     @abstractmethod
     def victims(self, view: DecodeView) -> Tensor:

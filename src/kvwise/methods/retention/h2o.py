@@ -21,10 +21,14 @@ class H2O(Retention):
     `budget` is the share of the prompt that stays, `recent` the part of it that is the latest tokens (the paper's
     heavy ratio 0.1 + recent ratio 0.1 are `budget=0.2, recent=0.5`). A KV head shared by several query heads sums
     their attention. Keys keep their original rotation. Budget 1 drops nothing, also while decoding.
+
+    The paper's sum favours early tokens, which more rows could see. `normalised` (not in the paper) divides it by
+    their number, the token's own row among them; a sliding window, which ends a token's time, is not counted in.
     """
 
     budget: float = 0.2
     recent: float = 0.5
+    normalised: bool = False
 
     name: ClassVar[str] = "h2o"
     idea: ClassVar[str] = "keep the latest tokens and those that received most attention"
@@ -51,7 +55,8 @@ class H2O(Retention):
             return torch.ones_like(view.mass, dtype=torch.bool)
         recent = self.num_recent(view.capacity)
         older = view.num_tokens - recent
-        heavy = view.mass[..., :older].topk(view.capacity - recent, dim=-1).indices
+        score = self._score(view.mass, view.num_tokens - view.positions)
+        heavy = score[..., :older].topk(view.capacity - recent, dim=-1).indices
         kept = torch.zeros_like(view.mass, dtype=torch.bool).scatter_(-1, heavy, True)
         kept[..., older:] = True
         return kept
@@ -61,6 +66,11 @@ class H2O(Retention):
         assert view.mass is not None
         # In double precision, as `num_recent` counts: in single 100 * 0.29 would be 29.
         recent = (view.capacity.double() * self.recent).int().clamp(min=1)
-        first_recent = (view.num_tokens - recent)[:, None, None, None]
-        protected = (view.positions >= first_recent) | ~view.used
-        return view.mass.masked_fill(protected, torch.inf).argmin(-1)
+        num_tokens = view.num_tokens[:, None, None, None]
+        protected = (view.positions >= num_tokens - recent[:, None, None, None]) | ~view.used
+        score = self._score(view.mass, num_tokens - view.positions)
+        return score.masked_fill(protected, torch.inf).argmin(-1)
+
+    def _score(self, mass: Tensor, num_rows: Tensor) -> Tensor:
+        """What tokens are ranked by; `num_rows` (broadcast to the mass) could see each of them."""
+        return mass / num_rows if self.normalised else mass

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from kvwise.core.method import Trait
 from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+from kvwise.methods.retention.ends import keep_ends, oldest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,11 +44,8 @@ class Streaming(Retention):
 
     def keep(self, view: PromptView) -> Tensor:
         """The first `sinks` and as many of the last as the capacity leaves."""
-        window = view.capacity - self.sinks
-        kept = (view.positions < self.sinks) | (view.positions >= view.num_tokens - window)
-        return kept.expand(*view.shape, -1)
+        return keep_ends(view, self.sinks)
 
     def victims(self, view: DecodeView) -> Tensor:
         """The oldest token that is no sink."""
-        protected = (view.positions < self.sinks) | ~view.used
-        return view.positions.masked_fill(protected, torch.iinfo(torch.int32).max).argmin(-1)
+        return oldest(view, self.sinks)

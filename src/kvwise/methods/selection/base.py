@@ -1,7 +1,7 @@
 """The seam of selection: all tokens are kept in a slower tier, and a method says which of them a query reads.
 
 The method is an *index* on the device: it learns about a request's keys, and for a query it names tokens. Moving the
-bytes (to the host after prefill, back over the link before a layer needs them) is common ground, written once in
+bytes (to the host after prefill, back over the link when a layer needs them) is common ground, written once in
 `engine/placement/recall.py`.
 """
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class IndexShape:
-    """What an index must know of the model."""
+    """What an index must know of the model. `softcaps`: each layer's bound on logits; empty if none has one."""
 
     num_layers: int
     num_query_heads: int
     num_kv_heads: int
     head_dim: int
     device: torch.device
+    softcaps: tuple[float | None, ...] = ()
 
 
 class Index(ABC):
@@ -45,6 +46,10 @@ class Index(ABC):
         """See a chunk of a request's prompt as it is computed."""
 
     @abstractmethod
+    def fork(self, row: int, target: int) -> None:
+        """Request `target` has the same prompt: give it what was observed of `row`. Neither has been built."""
+
+    @abstractmethod
     def build(self, layer: int, row: int, keys: Tensor) -> None:
         """The prompt is complete: index all its keys [T, H, D]."""
 
@@ -54,7 +59,11 @@ class Index(ABC):
 
     @abstractmethod
     def choose(self, layer: int, row: int, query: Tensor, scale: float) -> Tensor:
-        """Tokens to read for query [Hq, D]: int64 [H, n], n >= 1 the same for every head."""
+        """Tokens to read for query [Hq, D]: int64 [H, n], n >= 1 the same for every head.
+
+        The query's own token is read in any case and is not named. A method that looks ahead is asked before that
+        token is added, with a guessed query; any other afterwards, with the real one.
+        """
 
     @abstractmethod
     def drop(self, row: int) -> None:
@@ -72,10 +81,18 @@ class Selection(Method):
 
     axis: ClassVar[Axis] = Axis.SELECTION
     num_full_layers: ClassVar[int] = 0  # first layers that stay on the device and are read in full
+    looks_ahead: ClassVar[bool] = True  # chooses by a query guessed one layer ahead; False: by the layer's own
 
     @abstractmethod
     def index(self, shape: IndexShape) -> Index:
         """A fresh index for a model of this shape."""
+
+    def best(self, scores: Tensor, num: int) -> Tensor:
+        """What the method would name, int64 [H, num], had it known the true scores [H, G, T + 1].
+
+        The last score is that of the query's own token, which is never named. An audit compares with this.
+        """
+        return near(scores[..., :-1], math.inf, num)
 
 
 def near(scores: Tensor, alpha: float, most: int) -> Tensor:

@@ -94,6 +94,10 @@ class InfiniGenIndex(Index):
         else:
             partials[layer] = _Partial(weight)
 
+    def fork(self, row: int, target: int) -> None:
+        """Copy the sums of |q|."""
+        self.rows[target] = {layer: _Partial(p.query_weight.clone()) for layer, p in self.rows[row].items()}
+
     def build(self, layer: int, row: int, keys: Tensor) -> None:
         """Choose the heaviest columns and keep the skewed keys in them."""
         partial = self.rows[row][layer]

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvwise.tasks.base import Episode, Question, Task, lay_out
+from kvwise.tasks.base import Episode, Fact, Task, ask_all, lay_out
 from kvwise.tasks.language import Language
 
 
@@ -23,20 +23,23 @@ class EarlyFact(Task):
     idea: ClassVar[str] = "facts from the start of a conversation, asked back after its turns"
     source: ClassVar[str] = "arXiv 2604.05012"
 
+    def __post_init__(self) -> None:
+        self.require("num_facts", self.num_facts >= 1, "at least 1")
+
     def episode(self, rng: np.random.Generator, language: Language, length: int) -> Episode:
         """Every early fact is asked once, in random order."""
         sample = language.assign(language.keys(rng, 1)[0], language.values(rng, 1))
         turns = max(1, language.num_facts(length, sample, symbols=1) // 3)
         keys, values = language.keys(rng, turns + self.num_facts), language.values(rng, turns + self.num_facts)
-        slots = [language.assign(key, [value]) for key, value in zip(keys, values, strict=True)]
-        opening = tuple(token for slot in slots[: self.num_facts] for token in slot)
+        facts = [
+            Fact(language.assign(key, [value]), language.ask(key), language.answer([value]))
+            for key, value in zip(keys, values, strict=True)
+        ]
+        opening = tuple(token for fact in facts[: self.num_facts] for token in fact.statement)
         said = []
         for i in range(self.num_facts, self.num_facts + turns):
-            said += [slots[i], (*language.ask(keys[i]), *language.answer([values[i]]))]
+            said += [facts[i].statement, language.exchange(keys[i], [values[i]])]
         laid = lay_out(rng, language, said, length, opening)
-        questions = []
-        for i in rng.permutation(self.num_facts).tolist():
-            answer = language.answer([values[i]])
-            end = len(language.begin) + sum(map(len, slots[: i + 1]))
-            questions.append(Question(language.ask(keys[i]), answer, tuple(range(end - len(answer), end))))
-        return Episode(laid.tokens, tuple(questions))
+        sizes = [len(fact.statement) for fact in facts[: self.num_facts]]
+        starts = [len(language.begin) + sum(sizes[:i]) for i in range(self.num_facts)]
+        return Episode(laid.tokens, ask_all(rng, facts[: self.num_facts], starts))

@@ -5,8 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvwise.tasks.base import Episode, Question, Task, lay_out
+from kvwise.tasks.base import Episode, Fact, Task, ask_all, lay_out
 from kvwise.tasks.language import Language
+
+MOST = 1000  # assignments of a key; more is a slip of the pen
 
 
 @dataclass(frozen=True)
@@ -19,22 +21,23 @@ class Forgetting(Task):
     idea: ClassVar[str] = "the last value of keys assigned several times"
     source: ClassVar[str] = "kvwise"
 
+    def __post_init__(self) -> None:
+        self.require("most", 1 <= self.most <= MOST, f"1 to {MOST}")
+
     def episode(self, rng: np.random.Generator, language: Language, length: int) -> Episode:
         """Every key is asked once, in random order."""
         sample = language.assign(language.keys(rng, 1)[0], language.values(rng, 1))
         count = language.num_facts(length, sample, symbols=1)
         owners = self._owners(rng, count)
         keys, values = language.keys(rng, max(owners) + 1), language.values(rng, count)
-        slots = [language.assign(keys[owner], [value]) for owner, value in zip(owners, values, strict=True)]
-        laid = lay_out(rng, language, slots, length)
+        facts = [
+            Fact(language.assign(keys[owner], [value]), language.ask(keys[owner]), language.answer([value]))
+            for owner, value in zip(owners, values, strict=True)
+        ]
+        laid = lay_out(rng, language, [fact.statement for fact in facts], length)
         last = {owner: i for i, owner in enumerate(owners)}
-        questions = []
-        for owner in rng.permutation(len(last)).tolist():
-            i = last[owner]
-            answer = language.answer([values[i]])
-            end = laid.starts[i] + len(slots[i])
-            questions.append(Question(language.ask(keys[owner]), answer, tuple(range(end - len(answer), end))))
-        return Episode(laid.tokens, tuple(questions))
+        asked = [last[owner] for owner in range(len(last))]
+        return Episode(laid.tokens, ask_all(rng, [facts[i] for i in asked], [laid.starts[i] for i in asked]))
 
     def _owners(self, rng: np.random.Generator, count: int) -> list[int]:
         """Which key each of `count` assignments belongs to: 1 to `most` of them a key, in random order."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvwise.tasks.base import Episode, Question, Task, lay_out
+from kvwise.tasks.base import Episode, Fact, Task, ask_all, lay_out
 from kvwise.tasks.language import Language
 
 
@@ -24,6 +24,9 @@ class MultiValue(Task):
     idea: ClassVar[str] = "all values of each key"
     source: ClassVar[str] = "after RULER, arXiv 2404.06654"
 
+    def __post_init__(self) -> None:
+        self.require("num_values", self.num_values >= 1, "at least 1")
+
     def episode(self, rng: np.random.Generator, language: Language, length: int) -> Episode:
         """Every key is asked once, in random order."""
         sample = language.assign(language.keys(rng, 1)[0], language.values(rng, self.num_values))
@@ -31,11 +34,9 @@ class MultiValue(Task):
         keys = language.keys(rng, count)
         values = language.values(rng, count * self.num_values)
         groups = [values[i * self.num_values : (i + 1) * self.num_values] for i in range(count)]
-        slots = [language.assign(key, group) for key, group in zip(keys, groups, strict=True)]
-        laid = lay_out(rng, language, slots, length)
-        questions = []
-        for i in rng.permutation(count).tolist():
-            answer = language.answer(groups[i])
-            end = laid.starts[i] + len(slots[i])
-            questions.append(Question(language.ask(keys[i]), answer, tuple(range(end - len(answer), end))))
-        return Episode(laid.tokens, tuple(questions))
+        facts = [
+            Fact(language.assign(key, group), language.ask(key), language.answer(group))
+            for key, group in zip(keys, groups, strict=True)
+        ]
+        laid = lay_out(rng, language, [fact.statement for fact in facts], length)
+        return Episode(laid.tokens, ask_all(rng, facts, laid.starts))

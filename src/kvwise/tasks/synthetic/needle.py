@@ -5,14 +5,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvwise.core.errors import TaskError
-from kvwise.tasks.base import Episode, Question, Task
+from kvwise.tasks.base import Episode, Fact, Task
 from kvwise.tasks.language import Language
 
 
 @dataclass(frozen=True)
 class Needle(Task):
-    """Passkey retrieval (RULER's single needle, arXiv 2404.06654 section 3): one key with four values.
+    """Passkey retrieval (RULER's single needle, arXiv 2404.06654 section 3): one key, here with several
+    values, so that fewer are guessed.
 
     `depth` 0 puts it at the beginning, 1 at the end; None draws it anew for every episode.
     """
@@ -25,21 +25,18 @@ class Needle(Task):
     source: ClassVar[str] = "RULER single needle, arXiv 2404.06654"
 
     def __post_init__(self) -> None:
-        if self.depth is not None and not 0 <= self.depth <= 1:
-            raise TaskError(f"needle: depth={self.depth} is out of range: it must be 0 (beginning) to 1 (end)")
+        self.require("depth", self.depth is None or 0 <= self.depth <= 1, "0 (beginning) to 1 (end)")
+        self.require("num_values", self.num_values >= 1, "at least 1")
 
     def episode(self, rng: np.random.Generator, language: Language, length: int) -> Episode:
         """One question."""
         key, values = language.keys(rng, 1)[0], language.values(rng, self.num_values)
-        slot = language.assign(key, values)
-        room = length - len(language.begin) - len(slot)
+        fact = Fact(language.assign(key, values), language.ask(key), language.answer(values))
+        room = length - len(language.begin) - len(fact.statement)
         if room < 0:
             raise language.too_short(length, length - room)
         depth = float(rng.random()) if self.depth is None else self.depth
-        before = round(depth * room)
         filler = language.filler(rng, room)
-        context = (*language.begin, *filler[:before], *slot, *filler[before:])
-        answer = language.answer(values)
-        end = len(language.begin) + before + len(slot)
-        question = Question(language.ask(key), answer, tuple(range(end - len(answer), end)))
-        return Episode(context, (question,))
+        (before,) = language.pauses(filler, [round(depth * room)])
+        context = (*language.begin, *filler[:before], *fact.statement, *filler[before:])
+        return Episode(context, (fact.question(len(language.begin) + before),))

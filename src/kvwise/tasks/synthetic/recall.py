@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvwise.tasks.base import Episode, Question, Task, lay_out
+from kvwise.tasks.base import Episode, Fact, Task, ask_all, lay_out
 from kvwise.tasks.language import Language
 
 
@@ -22,11 +22,9 @@ class Recall(Task):
         sample = language.assign(language.keys(rng, 1)[0], language.values(rng, 1))
         count = language.num_facts(length, sample, symbols=1)
         keys, values = language.keys(rng, count), language.values(rng, count)
-        slots = [language.assign(key, [value]) for key, value in zip(keys, values, strict=True)]
-        laid = lay_out(rng, language, slots, length)
-        questions = []
-        for i in rng.permutation(count).tolist():
-            answer = language.answer([values[i]])
-            end = laid.starts[i] + len(slots[i])
-            questions.append(Question(language.ask(keys[i]), answer, tuple(range(end - len(answer), end))))
-        return Episode(laid.tokens, tuple(questions))
+        facts = [
+            Fact(language.assign(key, [value]), language.ask(key), language.answer([value]))
+            for key, value in zip(keys, values, strict=True)
+        ]
+        laid = lay_out(rng, language, [fact.statement for fact in facts], length)
+        return Episode(laid.tokens, ask_all(rng, facts, laid.starts))

@@ -5,15 +5,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvwise.tasks.base import Episode, Question, Task, lay_out
+from kvwise.tasks.base import Episode, Question, Task, find_last, lay_out
 from kvwise.tasks.language import Language, Tokens
+
+MOST = 1000  # hops of a chain; more is a slip of the pen
 
 
 @dataclass(frozen=True)
 class Tracking(Task):
     """Variable tracking (RULER, arXiv 2404.06654 section 3): chains of `fewest` to `most` hops among one another.
 
-    Asked for the variables that have a value; the answer names them in the order of the chain.
+    Asked for the variables that have a value; the answer names them in the order of the chain. RULER asks for one
+    chain of four hops, with the variables in any order.
     """
 
     fewest: int = 2
@@ -22,6 +25,10 @@ class Tracking(Task):
     name: ClassVar[str] = "tracking"
     idea: ClassVar[str] = "every variable that has a value through 2 to 4 hops"
     source: ClassVar[str] = "RULER variable tracking, arXiv 2404.06654"
+
+    def __post_init__(self) -> None:
+        self.require("fewest", self.fewest >= 1, "at least 1")
+        self.require("most", self.fewest <= self.most <= MOST, f"from fewest={self.fewest} to {MOST}")
 
     def episode(self, rng: np.random.Generator, language: Language, length: int) -> Episode:
         """Every chain is asked for once, in random order; the links of a chain stand in their order."""
@@ -38,9 +45,9 @@ class Tracking(Task):
         questions = []
         for c in rng.permutation(len(chains)).tolist():
             evidence = tuple(
-                position
+                laid.starts[i] + find_last(slots[i], symbol) + offset
                 for symbol, i in zip(chains[c][1:], places[c], strict=True)
-                for position in range(laid.starts[i] + len(slots[i]) - len(symbol), laid.starts[i] + len(slots[i]))
+                for offset in range(len(symbol))
             )
             questions.append(Question(language.ask_links(chains[c][0]), language.answer(chains[c][1:]), evidence))
         return Episode(laid.tokens, tuple(questions))

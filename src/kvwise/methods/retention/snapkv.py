@@ -1,0 +1,78 @@
+"""SnapKV: the end of the prompt votes for the earlier tokens that stay; what is generated stays too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.nn.functional import max_pool1d, pad
+
+from kvwise.core.method import Trait
+from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SnapKV(Retention):
+    """SnapKV, arXiv 2404.14469 section 4, per layer and KV head.
+
+    The attention of the prompt's last `observed` rows votes for the tokens before them. A token's votes are the most
+    that any of the `kernel` tokens around it got (max pooling, so that neighbours of a find stay with it); the best
+    tokens and the observed ones stay, together the `budget` share of the prompt, and so does all that is generated:
+    the cache grows while decoding. Of tokens with equal votes the earlier ones stay.
+
+    The paper's listing leaves the pooling open and its experiments take the maximum, as here; the released code
+    defaults to the average. A KV head shared by several query heads sums their votes (the paper selects per query
+    head). Where the budget is less than twice `observed`, half of it observes, so that half can be chosen (the
+    released code asks for a budget above `observed`). A request that is preempted keeps the same tokens: the rows
+    of its output do not vote when they are computed again.
+    """
+
+    budget: float = 0.2
+    observed: int = 32
+    kernel: int = 5
+
+    name: ClassVar[str] = "snapkv"
+    idea: ClassVar[str] = "keep what the end of the prompt attends to, the end itself, and all that is generated"
+    paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_LAST_ROWS, Trait.OWNS_PAGES, Trait.PRIVATE})
+    needs_mass: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
+        self.require("observed", self.observed >= 1, "at least 1")
+        self.require("kernel", self.kernel >= 1, "at least 1")
+
+    def capacity(self, num_prompt_tokens: int) -> int | None:
+        """The share of the prompt, at least two tokens; None at budget 1."""
+        return None if self.budget == 1 else max(2, int(num_prompt_tokens * self.budget))
+
+    def observed_rows(self, num_prompt_tokens: int) -> int | None:
+        """`observed`, or half the capacity if that is less."""
+        capacity = self.capacity(num_prompt_tokens)
+        return self.observed if capacity is None else min(self.observed, capacity // 2)
+
+    def keep(self, view: PromptView) -> Tensor:
+        """The tokens with the most votes, the observed ones, and all behind the prompt."""
+        assert view.mass is not None
+        kept = torch.ones_like(view.mass, dtype=torch.bool)
+        if view.num_prompt <= view.capacity:
+            return kept
+        observed = self.observed_rows(view.num_prompt)
+        assert observed is not None
+        votes = self._pooled(view.mass[..., : view.num_prompt - observed])
+        loser = votes.argsort(dim=-1, descending=True, stable=True)[..., view.capacity - observed :]
+        return kept.scatter_(-1, loser, False)
+
+    def _pooled(self, votes: Tensor) -> Tensor:
+        """For each token the largest of the `kernel` votes [L, H, T] around it."""
+        before = self.kernel // 2
+        return max_pool1d(pad(votes, (before, self.kernel - 1 - before)), self.kernel, stride=1)
+
+    def victims(self, view: DecodeView) -> Tensor:
+        """Never asked: the cache grows."""
+        raise AssertionError("snapkv keeps all that is generated")
