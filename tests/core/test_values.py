@@ -84,7 +84,7 @@ def test_everything_raised_on_purpose_is_one_tree() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert all(issubclass(kind, KvwiseError) for kind in kinds)
     usage = {kind.__name__ for kind in kinds if issubclass(kind, UsageError)}
-    assert usage == {"UsageError", "StrategyError", "UnsupportedModel", "PlanError", "CapacityError"}
+    assert usage == {"UsageError", "StrategyError", "UnsupportedModel", "PlanError", "CapacityError", "TaskError"}
 
 
 def test_reasons_are_words_of_the_wire() -> None:

@@ -82,7 +82,9 @@ def test_forced_tokens_are_followed_and_their_logits_observed(serve: Serve) -> N
     free = run(engine, [prompt], greedy(6))[0].token_ids
     forced = [*free[:3], 5, 6, 7]
     seen: dict[int, Tensor] = {}
-    name = engine.add_request(prompt, greedy(6, forced_tokens=forced), observe=lambda index, step, row: seen.update({step: row}))
+    name = engine.add_request(
+        prompt, greedy(6, forced_tokens=forced), observe=lambda index, step, row: seen.update({step: row})
+    )
     assert finish(engine)[name].token_ids == forced
     assert list(seen) == [0, 1, 2, 3, 4, 5]
     assert [int(seen[i].argmax()) for i in range(4)] == free[:4]
@@ -100,7 +102,7 @@ def test_an_output_begins_with_what_is_forced_and_goes_on_freely(serve: Serve) -
     # A forced token ends nothing, though a sampled one of its kind would.
     (stopped,) = run(engine, [prompt], greedy(7, forced_tokens=[5, 6, 7], stop_token_ids=(6, whole.token_ids[0])))
     assert stopped.token_ids == [5, 6, 7, whole.token_ids[0]]
-    with pytest.raises(UsageError, match="forced_tokens=.*at most max_tokens=2"):
+    with pytest.raises(UsageError, match=r"forced_tokens=.*at most max_tokens=2"):
         greedy(2, forced_tokens=[5, 6, 7])
 
 

@@ -75,7 +75,7 @@ def test_it_knows_what_its_card_says() -> None:
     lengths = dict.fromkeys(sorted({length for _, length in told}), True)
     found = measure(model, language, tasks, lengths, answers=24, seed=7)
     assert [m for m in found if falls_below(m, told[m.task, m.length])] == []
-    assert all(told["recall", length].accuracy > 0.98 for length in lengths)
+    assert all(told["recall", length].accuracy > 0.95 for length in lengths)
 
 
 def test_a_stranger_in_its_place_is_noticed(copied: Path) -> None:

@@ -17,7 +17,7 @@ Sampling = "Sampling"
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Folder, hub id, config.json, or a random: name such as random:13m.")],
+    model: Annotated[str, typer.Option(help="Folder, hub id, config.json, builtin:recall, or random:13m.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help="A prompt as token ids, such as 1,2,3.")] = None,
     strategy: Annotated[str, typer.Option(help="Methods joined by +, see kvwise methods.")] = "full+prefix",

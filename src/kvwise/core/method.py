@@ -1,10 +1,12 @@
 """What a method is: one answer to one of the six questions about the KV of a token."""
 
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import ClassVar, Self
 
 from kvwise.core.errors import StrategyError
+from kvwise.core.options import check_options, show_call, show_value
 
 
 class Axis(StrEnum):
@@ -44,56 +46,15 @@ class Method:
     default: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        given = [
-            f"{f.name}={_show(getattr(self, f.name))}"
-            for f in fields(self)
-            if f.default is MISSING or getattr(self, f.name) != f.default
-        ]
-        return f"{self.name}({', '.join(given)})" if given else self.name
+        return show_call(self.name, self)
 
     def require(self, option: str, ok: bool, limit: str) -> None:
         """Refuse the value of `option` unless `ok`, naming the value and the limit."""
         if not ok:
-            value = getattr(self, option)
-            raise StrategyError(f"{self.name}: {option}={_show(value)} is out of range: it must be {limit}")
+            value = show_value(getattr(self, option))
+            raise StrategyError(f"{self.name}: {option}={value} is out of range: it must be {limit}")
 
     @classmethod
-    def build(cls, options: dict[str, Any]) -> "Method":
+    def build(cls, options: Mapping[str, object]) -> Self:
         """Make the method from named options; unknown names and wrong types are refused with the known ones."""
-        known = {f.name: f for f in fields(cls)}
-        for name in options:
-            if name not in known:
-                have = ", ".join(known) or "none"
-                raise StrategyError(f"{cls.name} has no option {name!r}; its options: {have}")
-        typed = {n: _typed(cls.name, n, value, known[n].type) for n, value in options.items()}
-        return cls(**typed)
-
-
-def _show(value: object) -> str:
-    """Short where that says it all: what is printed parses back to the same value."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return short if float(short := f"{value:g}") == value else repr(value)
-    return str(value)
-
-
-# Annotation of an option -> what it accepts, and the word for it.
-_WANTED: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "str": ((str,), "a word"),
-    "bool": ((bool,), "true or false"),
-}
-
-
-def _typed(method: str, option: str, value: object, annotation: object) -> object:
-    """The value as its option's type; StrategyError if it is of another."""
-    # An annotation is a type, or its text where the module says `from __future__ import annotations`.
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    if (wanted := _WANTED.get(text.removesuffix(" | None"))) is None:
-        return value  # the method's own type, which it checks itself
-    accepts, word = wanted
-    if not isinstance(value, accepts) or (isinstance(value, bool) and bool not in accepts):
-        raise StrategyError(f"{method}: {option}={value!r} must be {word}")
-    return float(value) if isinstance(value, int) and float in accepts else value
+        return cls(**check_options(cls.name, cls, options, StrategyError))

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from kvwise.core.errors import StrategyError
 from kvwise.core.method import Axis, Method, Trait
+from kvwise.core.options import read_call
 
 # Pairs of traits that cannot work together, and why. The table of what composes with what is derived from this.
 CONFLICTS: tuple[tuple[Trait, Trait, str], ...] = (
@@ -111,34 +112,6 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-_METHOD = re.compile(r"([a-z][a-z0-9_-]*)(?:\((.*)\))?")
-_OPTION = re.compile(r"([a-z_][a-z0-9_]*)\s*=\s*([^\s,=()]+)")
-
-
 def _parse_method(text: str, catalogue: Catalogue) -> Method:
-    match = _METHOD.fullmatch(text)
-    if match is None:
-        raise StrategyError(f"{text!r} is no method; write name or name(option=value, ...)")
-    kind = catalogue.find(match[1])
-    options: dict[str, object] = {}
-    for item in (match[2] or "").split(","):
-        if not item.strip():
-            continue
-        option = _OPTION.fullmatch(item.strip())
-        if option is None:
-            raise StrategyError(f"{match[1]}: {item.strip()!r} is no option; write option=value")
-        if option[1] in options:
-            raise StrategyError(f"{match[1]}: option {option[1]!r} is given twice")
-        options[option[1]] = _parse_value(option[2])
-    return kind.build(options)
-
-
-def _parse_value(text: str) -> bool | int | float | str:
-    if text in ("true", "false"):
-        return text == "true"
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text.strip("'\"")
+    name, options = read_call(text, "method", StrategyError)
+    return catalogue.find(name).build(options)

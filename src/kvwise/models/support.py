@@ -139,6 +139,10 @@ Refused: encoder-decoders, quantised checkpoints, weights that come only as pick
 their own Python code (unless `--trust-remote-code`), and architectures other than GPT-Neo with an attention
 table of their own: GPT-J, Falcon, BLOOM, MPT.
 
+A trained model comes with the package: `builtin:recall`, a Qwen 2 of a few megabytes that looks things up in its
+context ([how it was trained](builtin-model.md)). Any folder whose `config.json` says `"kvwise_language": "token"` is
+taken to speak the same token language. Random weights of any shape: `random:3m`, `random:13m`, or a `config.json`.
+
 This page is made by `python -m kvwise.models.support`; a test compares the two.
 """
 
