@@ -1,5 +1,6 @@
 """Shows a selection method's index a sample prompt, so that it can learn about the model before any request."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,6 +10,8 @@ from kvwise.methods.selection.base import Index
 from kvwise.models.attention import BlockPart, StepBatch
 from kvwise.models.hook import forward
 from kvwise.models.loaded import LoadedModel
+from kvwise.tasks.synthetic.recall import Recall
+from kvwise.tasks.token_language import TokenLanguage
 from kvwise.tiers.arena import Arena
 
 NUM_TOKENS = 512
@@ -57,7 +60,15 @@ def calibrate(loaded: LoadedModel, index: Index, layout: KVLayout, kernels: Kern
 
 
 def sample_tokens(loaded: LoadedModel, num_tokens: int) -> list[int]:
-    """The sample text as `num_tokens` tokens; ids drawn with a fixed seed where the vocabulary carries no text."""
+    """The sample as `num_tokens` tokens: text, or what is read and asked in the language of a model that has its own.
+
+    Where the vocabulary carries neither, ids are drawn with a fixed seed.
+    """
+    if loaded.speaks_tokens:
+        episode = Recall().episode(np.random.default_rng(0), TokenLanguage(loaded.vocab_size), max(64, num_tokens // 2))
+        asked = [token for q in episode.questions for token in (*q.prompt, *q.answer)]
+        once = [*episode.context, *asked]
+        return (once * (num_tokens // len(once) + 1))[:num_tokens]
     if loaded.tokenizer.bos_token_id is None and loaded.vocab_size < 259:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(loaded.vocab_size, (num_tokens,), generator=generator).tolist()
