@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kvwise.models.train.gate import CARD_TASKS, MAX_CONTEXTS, Mark, falls_below, measure
+from kvwise.models.train.gate import CARD_TASKS, MIN_CONTEXTS, Mark, falls_below, max_contexts, measure
 from kvwise.models.train.rows import MAX_QUESTIONS
 from kvwise.tasks.token_language import FIRST_KEY, KEY, QUERY, TokenLanguage
 
@@ -72,9 +72,11 @@ def test_equal_arguments_ask_equal_questions() -> None:
 
 
 def test_a_task_with_one_question_a_context_is_bounded_by_contexts() -> None:
-    found = measure(Oracle(), LANGUAGE, {"needle": CARD_TASKS["needle"]}, {64: False}, answers=400)
-    assert found[0].num_answers == MAX_CONTEXTS
-    assert not found[0].trained
+    found = measure(Oracle(), LANGUAGE, {"needle": CARD_TASKS["needle"]}, {64: True, 700: False}, answers=400)
+    assert [mark.num_answers for mark in found] == [400, max_contexts(700)]
+    assert [mark.trained for mark in found] == [True, False]
+    assert max_contexts(700) == 146
+    assert max_contexts(100_000) == MIN_CONTEXTS
 
 
 def test_a_task_without_right_answers_has_a_loss_only() -> None:

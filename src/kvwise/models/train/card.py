@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from kvwise.models.train.gate import CARD_TASKS, MAX_CONTEXTS, Mark
+from kvwise.models.train.gate import CARD_TASKS, Mark
 
 _CARD = """---
 license: apache-2.0
@@ -35,9 +35,9 @@ keep, drop or fetch KV apart: what a method throws away shows in the answers. It
 
 Share of questions whose whole answer is the greedy continuation, plus or minus one standard error (clustered by
 context, and never 0); for `continuation` the loss in nats per token. The questions come after the context, one after
-another with the right answers between them. A cell has {fewest} to {most} answers from at most {contexts} contexts.
-Measured with plain transformers, in float32, from the weights as they are stored. What is in *italics*, lengths and
-tasks, was not trained on.
+another with the right answers between them. A cell has {fewest} to {most} answers,
+fewer where a context is long and asks for one thing only. Measured with plain transformers, in float32, from the
+weights as they are stored. What is in *italics*, lengths and tasks, was not trained on.
 
 {table}
 
@@ -91,7 +91,6 @@ def write_card(about: dict[str, Any], marks: Sequence[Mark]) -> str:
         loss=about["loss"],
         fewest=min(counts),
         most=max(counts),
-        contexts=MAX_CONTEXTS,
         table=accuracy_table(marks, tuple(recipe["mix"])),
         mix=", ".join(f"{share / whole:.0%} {kind}" for kind, share in recipe["mix"].items()),
         replay=recipe["replay"],

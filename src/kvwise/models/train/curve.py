@@ -81,4 +81,4 @@ def _stages(axes: Axes, history: Sequence[dict[str, Any]], *, named: bool) -> No
         axes.axvline(x, color=SOFT, linewidth=0.7, linestyle=(0, (1, 2)))
         if named:
             name = f" T = {before}"
-            axes.text(x, 0.5, name, rotation=90, fontsize=7, color=SOFT, ha="left", va="center")
+            axes.text(x, 0.35, name, rotation=90, fontsize=7, color=SOFT, ha="left", va="center")

@@ -31,7 +31,8 @@ CARD_TASKS: Mapping[str, Task] = {
 }
 TOKENS_PER_PASS = 8192
 ANSWERS = 400
-MAX_CONTEXTS = 100  # a cell; a full pass over 2,048 tokens for each of 400 answers would take minutes
+# Contexts of a cell: whichever of the two is more. 400 passes over 2,048 tokens would take minutes.
+MIN_CONTEXTS, TOKENS_PER_CELL = 100, 102_400
 CARD = "training.json"
 MAX_BYTES = 10_000_000
 ALLOWED_ERRORS = 3.0  # standard errors below the card
@@ -81,7 +82,7 @@ def measure(
 ) -> tuple[Mark, ...]:
     """Judge `model` on `answers` or more answers of each task at each of `lengths` (-> was it trained on).
 
-    A task that asks one question a context gets as many answers as there are in `MAX_CONTEXTS` contexts.
+    A task that asks few questions a context gets fewer answers at long lengths: see `max_contexts`.
 
     Every question is asked once, after the context and the questions before it with their right answers; an answer
     is right if each of its tokens is the most likely one. Equal arguments ask equal questions.
@@ -91,6 +92,11 @@ def measure(
         for name, task in tasks.items()
         for length, trained in lengths.items()
     )
+
+
+def max_contexts(length: int) -> int:
+    """How many contexts of `length` tokens are read at most to fill a cell."""
+    return max(MIN_CONTEXTS, TOKENS_PER_CELL // length)
 
 
 def check(folder: Path, answers: int = 100, seed: int = 1) -> None:
@@ -149,7 +155,7 @@ def _texts(language: TokenLanguage, name: str, task: Task, length: int, answers:
     rng = np.random.default_rng((seed, zlib.crc32(name.encode()), length))
     texts: list[_Text] = []
     asked = 0
-    while asked < answers and len(texts) < MAX_CONTEXTS:
+    while asked < answers and len(texts) < max_contexts(length):
         texts.append(_text(task.episode(rng, language, length)))
         asked += len(texts[-1].answers)
     return texts
