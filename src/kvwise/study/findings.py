@@ -133,7 +133,7 @@ def below_ceiling(qualities: Sequence[QualityFigures]) -> list[Below]:
     found = [
         Below(subject, mark, other, _lead(subject, other, mark) > 0 and differ(mark.estimate, other.estimate))
         for subject, marks in subjects(qualities).items()
-        for same in _by_budget(marks).values()
+        for same in _by_budget(marks, whole=True).values()
         for mark in _of(same, SPECULATION)
         for other in _of(same, CEILING)
     ]
@@ -169,11 +169,14 @@ def early_facts(qualities: Sequence[QualityFigures]) -> Iterator[EarlyFacts]:
                 yield EarlyFacts(subject, full, speculation[0], dropping[0])
 
 
-def _by_budget(marks: Sequence[Mark]) -> dict[float, list[Mark]]:
-    """Marks per budget, from large to small; what has no budget is left out."""
+def _by_budget(marks: Sequence[Mark], *, whole: bool = False) -> dict[float, list[Mark]]:
+    """Marks per budget, from large to small; what has no budget is left out.
+
+    So is a budget of everything, at which there is nothing to choose, unless `whole` (InfiniGen chooses even then).
+    """
     out: dict[float, list[Mark]] = defaultdict(list)
     for mark in marks:
-        if mark.who.budget is not None:
+        if mark.who.budget is not None and (whole or mark.who.budget < 1):
             out[mark.who.budget].append(mark)
     return dict(sorted(out.items(), reverse=True))
 

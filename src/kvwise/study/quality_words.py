@@ -146,8 +146,10 @@ def _guide_sentences(known: Sequence[QualityFigures], several: bool) -> Iterator
     for below in below_guides(known):
         pairs[below.mark.who.framework, below.other.who.framework].append(below)
     for (name, guide), found in pairs.items():
-        groups = list(_by_task(found, several))
-        yield f"{name} is worse than {guide} on {len(groups)} task{'s' if len(groups) > 1 else ''}: {'; '.join(groups)}"
+        worst, *others = list(dict.fromkeys(b.subject for b in found))
+        phrase = next(_by_task([b for b in found if b.subject == worst], several))
+        also = f"; also on {_and([place(subject, several) for subject in others])}" if others else ""
+        yield f"{name} is worse than {guide} on {phrase}{also}"
     if not pairs:
         yield "No method falls below the random or window guide beyond the error"
 
