@@ -6,6 +6,7 @@ that model run with a mask per layer and head that hides what a method has dropp
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,24 @@ def test_full_and_exact_top_k_answer_nearly_everything(serve: Serve, trained: Tr
     episodes = trained.episodes(256, 13)
     for strategy in ("full", "topk(budget=0.06)"):
         assert right(answers(serve, trained, strategy, episodes), episodes).mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "window(budget={})",
+        "random(budget={})",
+        "streaming(budget={})",
+        "h2o(budget={})",
+        "h2o(normalised=true, budget={})",
+        "snapkv(budget={})",
+        "infinigen(budget={})",
+        "topk(budget={})",
+    ],
+)
+def test_a_larger_budget_answers_no_worse_within_the_error(serve: Serve, trained: Trained, strategy: str) -> None:
+    episodes = trained.episodes(256, 7)
+    curve = [right(answers(serve, trained, strategy.format(b), episodes), episodes) for b in (0.125, 0.25, 0.5, 1.0)]
+    for less, more in pairwise(curve):
+        assert more.mean() >= less.mean() - 3 * np.hypot(standard_error(less), standard_error(more))
+    assert curve[-1].mean() > 0.9
