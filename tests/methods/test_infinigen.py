@@ -16,8 +16,8 @@ from kvwise.engine.engine import Engine
 from kvwise.engine.placement.recall_part import RecallPart
 from kvwise.methods.selection.base import IndexShape, near
 from kvwise.methods.selection.infinigen import InfiniGen, InfiniGenIndex, skew
-from kvwise.models.hook import forward
 from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
+from tests.methods.dense_reference import Dense
 
 Serve = Callable[..., Any]
 Load = Callable[[str], Any]
@@ -217,38 +217,20 @@ def test_fetched_rows_are_the_chosen_tokens_kv(serve: Serve, monkeypatch: pytest
     assert sum(t.numel() for _, t, _, _ in spy.fetched) == output.attestation.tokens_fetched
 
 
-class DenseOverChosen:
-    """Dense attention in which each layer but the first reads only the tokens that were fetched for it."""
+class DenseOverChosen(Dense):
+    """Dense attention in which a layer reads only the tokens that were fetched for it (int64 [H, n]) and the newest."""
 
     def __init__(self, loaded: Any) -> None:
-        self._loaded = loaded
-        self._kv: dict[int, tuple[Tensor, Tensor]] = {}
+        super().__init__(loaded)
         self.chosen: dict[int, Tensor] = {}
-        self._num_tokens = 0
 
-    def step(self, tokens: list[int]) -> Tensor:
-        positions = torch.arange(self._num_tokens, self._num_tokens + len(tokens))
-        self._num_tokens += len(tokens)
-        return forward(self._loaded, torch.tensor(tokens), positions, self, torch.tensor([len(tokens) - 1]))[0]
-
-    def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
-        if layer in self._kv:
-            keys, values = torch.cat([self._kv[layer][0], keys]), torch.cat([self._kv[layer][1], values])
-        self._kv[layer] = keys, values
-        group = queries.shape[1] // keys.shape[1]
-        out = torch.empty_like(queries)
-        for head in range(queries.shape[1]):
-            logits = queries[:, head] @ keys[:, head // group].T * scale
-            visible = torch.ones_like(logits, dtype=torch.bool).tril(len(keys) - len(queries))
-            if layer in self.chosen:
-                visible[:] = False
-                visible[0, self.chosen[layer][head // group]] = True
-                visible[0, -1] = True
-            out[:, head] = logits.masked_fill(~visible, -torch.inf).softmax(-1) @ values[:, head // group]
-        return out
+    def select(self, layer: int, logits: Tensor) -> Tensor:
+        if layer not in self.chosen:
+            return logits
+        chosen = self.chosen[layer].repeat_interleave(len(logits) // len(self.chosen[layer]), 0)
+        hidden = torch.ones_like(logits, dtype=torch.bool).scatter(-1, chosen[:, None], False)
+        hidden[..., -1] = False
+        return logits.masked_fill(hidden, -torch.inf)
 
 
 def test_attention_is_over_the_fetched_tokens_and_the_new_one(
