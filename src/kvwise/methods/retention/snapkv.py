@@ -24,8 +24,8 @@ class SnapKV(Retention):
     tokens and the observed ones stay, together the `budget` share of the prompt, and so does all that is generated:
     the cache grows while decoding. Of tokens with equal votes the earlier ones stay.
 
-    The paper's listing leaves the pooling open and its experiments take the maximum, as here; the released code
-    defaults to the average. A KV head shared by several query heads sums their votes (the paper selects per query
+    Pooling by the maximum is what accounts of the paper's experiments report; the released code defaults to the
+    average. A KV head shared by several query heads sums their votes (the paper selects per query
     head). Where the budget is less than twice `observed`, half of it observes, so that half can be chosen (the
     released code asks for a budget above `observed`). A request that is preempted keeps the same tokens: the rows
     of its output do not vote when they are computed again.
