@@ -156,3 +156,8 @@ def test_a_budget_of_everything_says_nothing_about_a_choice(study: Study) -> Non
     assert not below_guides(full + whole)
     assert not list(early_facts(full + whole))
     assert below_ceiling(full + whole)  # InfiniGen chooses even then
+
+
+def test_one_method_is_told_apart_from_nothing() -> None:
+    alone = quality("h2o", 0.25, {"recall": Estimate(0.5, 0.01, 100)})
+    assert list(apart_sentences(told_apart([alone]), several=False)) == ["No two methods are told apart on any task"]

@@ -52,6 +52,9 @@ def apart_sentences(found: Sequence[Apart], several: bool) -> Iterator[str]:
     if not found:
         return
     most = max(found, key=lambda a: (a.subject.higher_is_better, len(a.marks)))
+    if len(most.marks) < 2:
+        yield "No two methods are told apart on any task"
+        return
     many = [a for a in found if len(a.marks) >= MANY]
     yield (
         f"{len(most.marks)} methods told apart on {place(most.subject, several)} at budget {budget(most.budget)}: "
