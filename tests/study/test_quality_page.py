@@ -147,7 +147,7 @@ def test_random_weights_have_agreement_which_is_called_no_quality() -> None:
     assert "a distance between logits and no quality" in words
     assert "4 prompts" in words
     assert "Told apart" not in words
-    assert "no quality: the weights are not trained" in shown(given)
+    assert "a distance, and no quality" in shown(given)
 
 
 def test_one_budget_has_a_table_and_no_curve() -> None:

@@ -24,35 +24,33 @@ def print_study(console: Console, study: Study, verdict: Verdict) -> None:
         console.print(_figures(study, colours))
     for model, context in dict.fromkeys((q.model, q.context) for q in study.qualities):
         here = [q for q in study.qualities if (q.model, q.context) == (model, context)]
-        console.print(_answers(here, colours))
+        for protocol in dict.fromkeys(t.protocol for q in here for t in q.tasks):
+            console.print(_answers(here, protocol, colours))
     for heading, sentences in findings(study.qualities):
         lines = (Text(f"  {sentence}") for sentence in sentences)
         console.print(Group(Text(f"\n{heading}", style="bold"), *lines))
     console.print(_verdict(study, verdict, colours))
 
 
-def _answers(here: Sequence[QualityFigures], colours: dict[str, str]) -> RenderableType:
-    """What the strategies cost in answers on one model and context length."""
+def _answers(here: Sequence[QualityFigures], protocol: str, colours: dict[str, str]) -> RenderableType:
+    """What the strategies cost in answers on one model and context length, asked by one protocol."""
     first = here[0]
-    keys = list(dict.fromkeys((t.task, t.protocol) for q in here for t in q.tasks))
+    tasks = list(dict.fromkeys(t.task for q in here for t in q.tasks if t.protocol == protocol))
     graded = first.basis == Basis.TASKS
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     table.add_column("strategy", no_wrap=True)
-    for name in ("score", *(_task_name(*key) for key in keys)) if graded else ("same top-1", "KL nats"):
+    for name in ("score", *tasks) if graded else ("same top-1", "KL nats"):
         table.add_column(name, justify="right")
     table.add_column("KV per token", justify="right")
     for q in here:
-        found = {(t.task, t.protocol): t for t in q.tasks}
-        marks = [found[key].accuracy or found[key].nll if key in found else None for key in keys]
+        found = {t.task: t for t in q.tasks if t.protocol == protocol}
+        marks = [found[task].accuracy or found[task].nll if task in found else None for task in tasks]
         figures = [q.score, *marks] if graded else [q.top1, q.kl]
         shown = Text(q.who.label, style=colours[q.who.framework])
-        table.add_row(shown, *map(words.estimate, figures), words.tiers(q.kv_bytes_per_token))
-    heading = "Quality" if graded else "Agreement with the full cache, no quality: the weights are not trained"
+        tight = (words.estimate(figure).replace(" ", "") for figure in figures)
+        table.add_row(shown, *tight, words.tiers(q.kv_bytes_per_token))
+    heading = f"Quality, {protocol}" if graded else "Agreement with the full cache: a distance, and no quality"
     return Group(Text(f"\n{heading}: {short(first.model)}, context {first.context}", style="bold"), table)
-
-
-def _task_name(task: str, protocol: str) -> str:
-    return task if protocol == "multi-turn" else f"{task} ({protocol})"
 
 
 def _figures(study: Study, colours: dict[str, str]) -> Table:
