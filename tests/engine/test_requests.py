@@ -102,6 +102,12 @@ def test_an_output_begins_with_what_is_forced_and_goes_on_freely(serve: Serve) -
     # A forced token ends nothing, though a sampled one of its kind would.
     (stopped,) = run(engine, [prompt], greedy(7, forced_tokens=[5, 6, 7], stop_token_ids=(6, whole.token_ids[0])))
     assert stopped.token_ids == [5, 6, 7, whole.token_ids[0]]
+    # Nor does a stop string in what is given; only what is generated is searched.
+    said = list(b"stop")
+    (told,) = run(engine, [prompt], greedy(7, forced_tokens=said, stop=("stop",)))
+    assert told.token_ids[:4] == said
+    assert len(told.token_ids) == 7
+    assert told.text.startswith("stop")
     with pytest.raises(UsageError, match=r"forced_tokens=.*at most max_tokens=2"):
         greedy(2, forced_tokens=[5, 6, 7])
 

@@ -156,11 +156,12 @@ class Finisher:
     def _reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         """Why this token is the last, or None. A token that ends the output is no text of it."""
         params = sequence.params
-        early = sequence.num_outputs < params.min_tokens or sequence.num_outputs <= params.num_forced
+        given = sequence.num_outputs <= params.num_forced
+        early = given or sequence.num_outputs < params.min_tokens
         ends = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         if ends and not early:
             return FinishReason.STOP
-        sequence.output.add([token])
+        sequence.output.add([token], given=given)
         if sequence.output.stop is not None and not early:
             return FinishReason.STOP
         return FinishReason.LENGTH if sequence.num_outputs >= params.max_tokens else None

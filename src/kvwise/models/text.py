@@ -218,9 +218,10 @@ class OutputText:
         """The stop string that was found, if one was: the output ends before it."""
         return self._stops.found
 
-    def add(self, token_ids: Iterable[int]) -> str:
-        """Takes new tokens and returns the text they make certain."""
-        return self._keep(self._stops.add(self._detokenizer.add(token_ids)))
+    def add(self, token_ids: Iterable[int], *, given: bool = False) -> str:
+        """Takes new tokens and returns the text they make certain. No stop string is looked for in `given` ones."""
+        text = self._detokenizer.add(token_ids)
+        return self._keep(text if given else self._stops.add(text))
 
     def finish(self) -> str:
         """Call once after the last token: returns what was held back. May still find a stop string."""
