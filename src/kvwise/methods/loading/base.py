@@ -1,0 +1,111 @@
+"""The seam of loading: which stored blocks to bring back in which order, and whether to compute meanwhile.
+
+A loading method only decides, over numbers; it never sees a byte, a thread or a tensor. The engine carries it out with
+real threads, and the same code runs under a virtual clock in tests and in the simulator.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kvwise.core.method import Axis, Method
+
+Flags = npt.NDArray[np.bool_]
+
+
+class Decision(StrEnum):
+    """What becomes of a request's stored prefix."""
+
+    COMPUTE = "compute"  # the stored blocks are left alone
+    LOAD = "load"  # they are loaded, and only what is missing then is computed
+    BOTH = "both"  # they are loaded from one end and computed from the other
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is known when a request is admitted. Blocks are counted from the start of the prompt.
+
+    The device holds blocks [0, first); tiers below hold the blocks [first, stop): block `first + i` takes
+    `num_bytes[i]` bytes in tier `tiers[i]`. `num_tokens` is the prompt's length, `step_tokens` the most tokens a step
+    may compute. `ttft_target_s` is the time to the first token that is wanted, if any. `levels[i]` names the codec
+    levels in which the block is stored, best first (one, for all but cachegen), `level_bytes[i]` their sizes.
+    `seconds_to_compute(start, stop)` guesses the prefill of tokens [start, stop); `seconds_to_load(tier, bytes)` a
+    transfer alone on its link; `queued_s(tier)` the transfers ahead of it there.
+    """
+
+    block_size: int
+    first: int
+    stop: int
+    num_tokens: int
+    step_tokens: int
+    tiers: Sequence[str]
+    num_bytes: Sequence[int]
+    seconds_to_compute: Callable[[int, int], float]
+    seconds_to_load: Callable[[str, int], float]
+    queued_s: Callable[[str], float]
+    num_layers: int = 1
+    ttft_target_s: float | None = None
+    levels: Sequence[Sequence[str]] = ()
+    level_bytes: Sequence[Sequence[int]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a load is, at the moment of asking.
+
+    `computed` is the first block that is not computed and not about to be (a step under way counts as done);
+    `arrived` bool [stop - first]: loaded and verified; `failed` bool, same shape: not to be had, must be computed.
+    `layers` is the number of layers that all blocks have (by-layer methods only). `elapsed_s` since admission;
+    `last_bytes`, `last_s` the latest chunk that arrived (0 bytes: none yet).
+    """
+
+    computed: int
+    arrived: Flags
+    failed: Flags
+    layers: int = 0
+    elapsed_s: float = 0.0
+    last_bytes: int = 0
+    last_s: float = 0.0
+
+
+class Chunk(NamedTuple):
+    """Blocks [start, stop) to load next: all layers, or one; at a codec level (index into the outlook's), or None."""
+
+    start: int
+    stop: int
+    layer: int | None = None
+    level: int | None = None
+
+
+@dataclass(frozen=True)
+class Loading(Method):
+    """How stored KV comes back. A subclass states `by_layer` and says what `decide`, `next_chunk`, `may_compute` do."""
+
+    axis: ClassVar[Axis] = Axis.LOADING
+    by_layer: ClassVar[bool] = False  # chunks name a layer; the rest of the prompt is computed while later ones come
+    look_ahead: ClassVar[int] = 0  # waiting requests whose blocks are fetched to the fastest tier and kept there
+
+    @property
+    @abstractmethod
+    def codec(self) -> str | None:
+        """The codec of the blocks at rest, such as `raw`; None: this method stores and loads nothing."""
+
+    @abstractmethod
+    def decide(self, outlook: Outlook) -> Decision:
+        """What to do with a request's stored prefix. Called once, at admission."""
+
+    @abstractmethod
+    def next_chunk(self, outlook: Outlook, progress: Progress) -> Chunk | None:
+        """What to load next, or None: nothing more (for good). Called by the I/O worker, between chunks."""
+
+    @abstractmethod
+    def may_compute(self, outlook: Outlook, progress: Progress) -> bool:
+        """Whether the step's leftover budget may go to this request's prompt now. Called before each step.
+
+        The engine skips what has arrived and never computes past the next arrived block in one step.
+        """

@@ -1,0 +1,186 @@
+"""A record: one block of KV at rest, cut into segments (one per layer), with everything needed to refuse it.
+
+```
+header   fixed fields, a table of segments (length, xxh3-128 of its bytes), xxh3-128 of all of that; padded to 64
+segment  layer 0: keys and values as the codec wrote them; padded to 64
+segment  layer 1 ...
+```
+
+The header names the block's key, the identity the key was made under, the codec and its level, the owner and the
+deadlines, so that nothing has to be believed: a record that was moved, swapped, cut, or written by another model or
+version is told apart by itself. Segments are checked one by one, so that a layer can be used before the next arrives.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from xxhash import xxh3_128, xxh3_128_digest
+
+from kvwise.tiers.base import Buffer, Fault, FaultKind
+
+MAGIC = b"KVWISE\x00\x01"
+ALIGNMENT = 64
+_FIXED = struct.Struct("<8sIHHQ32s32s32s64s16s16sdddI")
+_SEGMENT = struct.Struct("<Q16s")
+_DIGEST_BYTES = 16
+_MAX_SEGMENTS = 1024
+_MAX_RECORD_BYTES = 1 << 34
+NO_TAG = bytes(16)  # the record belongs to no tenant, or to no session
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a record says of itself.
+
+    `key`, `parent` and `identity` are 32 bytes: the block's key, that of the block before it (or its chain's root),
+    and the root of the unsalted identity. `codec` prints codec and level. `tenant` and `session` are 16-byte tags of
+    who stored it. `stored_at` and `expires_at` are Unix seconds of the wall clock (they must mean something after a
+    restart), `idle_s` the seconds it may go unused; infinity is "never". `depth` is the block's index in its chain.
+    `segments` are (length in bytes, digest).
+    """
+
+    key: bytes
+    parent: bytes
+    identity: bytes
+    codec: str
+    num_tokens: int
+    depth: int
+    stored_at: float
+    expires_at: float = inf
+    idle_s: float = inf
+    tenant: bytes = NO_TAG
+    session: bytes = NO_TAG
+    segments: tuple[tuple[int, bytes], ...] = field(default=())
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the first segment."""
+        return header_bytes(len(self.segments))
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the whole record."""
+        return self.header_bytes + sum(_padded(length) for length, _ in self.segments)
+
+    def segment_range(self, index: int) -> tuple[int, int]:
+        """Bytes [start, stop) of a segment in the record, without its padding."""
+        start = self.header_bytes + sum(_padded(length) for length, _ in self.segments[:index])
+        return start, start + self.segments[index][0]
+
+
+def header_bytes(num_segments: int) -> int:
+    """Bytes of the header of a record with so many segments."""
+    return _padded(_FIXED.size + num_segments * _SEGMENT.size + _DIGEST_BYTES)
+
+
+def seal(header: Header, segments: Sequence[Sequence[Buffer]]) -> list[Buffer]:
+    """The pieces of a record, in order: header, segments (each given in pieces itself), paddings. Copies nothing.
+
+    The table of segments is made here; that of `header` is not read.
+    """
+    table = [_entry(pieces) for pieces in segments]
+    body = [p for pieces, (length, _) in zip(segments, table, strict=True) for p in (*pieces, *_padding(length))]
+    return [pack_header(header, table), *body]
+
+
+def pack_header(header: Header, table: Sequence[tuple[int, bytes]]) -> bytes:
+    """The header's bytes, for segments whose lengths and digests are known."""
+    size = header_bytes(len(table))
+    record_bytes = size + sum(_padded(length) for length, _ in table)
+    fixed = _FIXED.pack(
+        MAGIC, size, len(table), header.num_tokens, record_bytes, header.key, header.parent, header.identity,
+        header.codec.encode("ascii"), header.tenant, header.session, header.stored_at, header.expires_at,
+        header.idle_s, header.depth,
+    )  # fmt: skip
+    body = fixed + b"".join(_SEGMENT.pack(length, digest) for length, digest in table)
+    return (body + xxh3_128_digest(body)).ljust(size, b"\x00")
+
+
+def read_header(view: Buffer) -> Header | Fault:
+    """The header at the start of `view`, if every byte of it (padding included) is as it was written."""
+    data = memoryview(view).cast("B")
+    if len(data) < _FIXED.size:
+        return Fault(FaultKind.CORRUPT, f"{len(data)} bytes are less than a header")
+    (magic, size, count, num_tokens, record_bytes, key, parent, identity, codec, tenant, session, stored_at,
+     expires_at, idle_s, depth) = _FIXED.unpack_from(data)  # fmt: skip
+    if magic != MAGIC:
+        known = magic[:7] == MAGIC[:7]
+        return Fault(FaultKind.FOREIGN, f"format {magic[7]}") if known else Fault(FaultKind.CORRUPT, "no record")
+    if not 0 < count <= _MAX_SEGMENTS or size != header_bytes(count) or len(data) < size:
+        return Fault(FaultKind.CORRUPT, f"header of {size} bytes for {count} segments, {len(data)} there")
+    end = _FIXED.size + count * _SEGMENT.size
+    digest, padding = data[end : end + _DIGEST_BYTES], data[end + _DIGEST_BYTES : size]
+    if xxh3_128_digest(data[:end]) != digest or any(padding):
+        return Fault(FaultKind.CORRUPT, "the header's checksum is wrong")
+    segments = tuple(_SEGMENT.iter_unpack(data[_FIXED.size : end]))
+    header = Header(
+        key, parent, identity, codec.rstrip(b"\x00").decode("ascii"), num_tokens, depth, stored_at, expires_at,
+        idle_s, tenant, session, segments,
+    )  # fmt: skip
+    if header.record_bytes != record_bytes or record_bytes > _MAX_RECORD_BYTES:
+        return Fault(FaultKind.CORRUPT, f"segments do not add up to {record_bytes} bytes")
+    return header
+
+
+def refuse(header: Header, key: bytes, identity: bytes, codec: str) -> Fault | None:
+    """Why a sound record is not the one that was asked for, or None if it is."""
+    for name, found, wanted in (
+        ("key", header.key, key),
+        ("identity", header.identity, identity),
+        ("codec", header.codec, codec),
+    ):
+        if found != wanted:
+            return Fault(FaultKind.FOREIGN, f"another {name}")
+    return None
+
+
+def check_segment(header: Header, index: int, data: Buffer) -> Fault | None:
+    """Why these bytes are not segment `index`, or None if they are."""
+    length, digest = header.segments[index]
+    view = memoryview(data).cast("B")
+    if len(view) != length:
+        return Fault(FaultKind.CORRUPT, f"segment {index} has {len(view)} of {length} bytes")
+    if xxh3_128_digest(view) != digest:
+        return Fault(FaultKind.CORRUPT, f"segment {index}: the checksum is wrong")
+    return None
+
+
+def open_record(view: Buffer, key: bytes, identity: bytes, codec: str) -> tuple[Header, list[memoryview]] | Fault:
+    """Header and verified segments of a whole record, or why it must not be used."""
+    data = memoryview(view).cast("B")
+    header = read_header(data)
+    if isinstance(header, Fault):
+        return header
+    if fault := refuse(header, key, identity, codec):
+        return fault
+    if len(data) != header.record_bytes:
+        return Fault(FaultKind.CORRUPT, f"{len(data)} of {header.record_bytes} bytes")
+    segments = []
+    position = header.header_bytes
+    for index, (length, _) in enumerate(header.segments):
+        segment = data[position : position + length]
+        position += _padded(length)
+        if any(data[position - (_padded(length) - length) : position]):
+            return Fault(FaultKind.CORRUPT, f"segment {index}: padding is not empty")
+        if fault := check_segment(header, index, segment):
+            return fault
+        segments.append(segment)
+    return header, segments
+
+
+def _padded(length: int) -> int:
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
+def _padding(length: int) -> list[Buffer]:
+    return [bytes(missing)] if (missing := -length % ALIGNMENT) else []
+
+
+def _entry(pieces: Sequence[Buffer]) -> tuple[int, bytes]:
+    digest, length = xxh3_128(), 0
+    for piece in pieces:
+        digest.update(piece)
+        length += memoryview(piece).nbytes
+    return length, digest.digest()
