@@ -1,6 +1,8 @@
 // Asks the CPU once what it can run.
 #include "dispatch.h"
 
+#include <stdexcept>
+
 namespace kvwise {
 
 extern const InstructionSet kInstructionSet_generic;
@@ -28,6 +30,13 @@ const std::vector<const InstructionSet*>& usable_instruction_sets() {
         return found;
     }();
     return sets;
+}
+
+const InstructionSet& set_called(const std::string& name) {
+    for (const InstructionSet* set : usable_instruction_sets()) {
+        if (name == set->name) return *set;
+    }
+    throw std::invalid_argument("instruction set '" + name + "' cannot run on this CPU");
 }
 
 }  // namespace kvwise

@@ -5,11 +5,13 @@
 
 #include "simd.h"
 #include "tasks.h"
+#include "xxh3.h"
 
 using namespace kvwise;
 
 #include "decode.inl"
 #include "prefill.inl"
+#include "xxh3.inl"
 
 #define KVWISE_JOIN_(a, b) a##b
 #define KVWISE_JOIN(a, b) KVWISE_JOIN_(a, b)
@@ -20,7 +22,8 @@ namespace kvwise {
 
 extern const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET);
 const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET) = {
-    KVWISE_TEXT(KVWISE_SET), ::decode, ::decode_mass, ::prefill, ::prefill_mass, ::narrow, ::read_floats,
+    KVWISE_TEXT(KVWISE_SET), ::decode,      ::decode_mass,  ::prefill,     ::prefill_mass,
+    ::narrow,                ::read_floats, ::copy_stripes, ::last_stripe,
 };
 
 }  // namespace kvwise

@@ -11,6 +11,8 @@
 
 #include "attend.h"
 #include "dispatch.h"
+#include "module_records.h"
+#include "rans.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -22,13 +24,6 @@ namespace {
 template <class T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
-}
-
-const InstructionSet& set_called(const std::string& name) {
-    for (const InstructionSet* set : usable_instruction_sets()) {
-        if (name == set->name) return *set;
-    }
-    throw std::invalid_argument("instruction set '" + name + "' cannot run on this CPU");
 }
 
 std::vector<std::string> instruction_sets() {
@@ -135,6 +130,21 @@ void bind_rows(nb::module_& m) {
     });
 }
 
+void bind_rans(nb::module_& m) {
+    m.def("rans_encode", [](uintptr_t ends, int64_t width, const std::vector<int64_t>& rows, int64_t columns, int lanes,
+                            uintptr_t codes, uintptr_t out, int64_t capacity) {
+        const RansTables tables{at<const int16_t>(ends), width, rows, columns};
+        const nb::gil_scoped_release unlocked;
+        return rans_encode(tables, lanes, at<const uint8_t>(codes), at<uint8_t>(out), capacity);
+    });
+    m.def("rans_decode", [](uintptr_t ends, int64_t width, const std::vector<int64_t>& rows, int64_t columns, int lanes,
+                            uintptr_t stream, int64_t length, uintptr_t codes) {
+        const RansTables tables{at<const int16_t>(ends), width, rows, columns};
+        const nb::gil_scoped_release unlocked;
+        return rans_decode(tables, lanes, at<const uint8_t>(stream), length, at<uint8_t>(codes));
+    });
+}
+
 // Reads num_floats floats once, in large runs over the threads; the time it takes is the machine's read bandwidth.
 float read_memory(const std::string& set, uintptr_t address, int64_t num_floats, int num_threads) {
     const InstructionSet& functions = set_called(set);
@@ -159,4 +169,6 @@ NB_MODULE(_native, m) {
     m.def("read_memory", &kvwise::read_memory);
     kvwise::bind_attend(m);
     kvwise::bind_rows(m);
+    kvwise::bind_rans(m);
+    kvwise::bind_records(m);
 }

@@ -137,6 +137,12 @@ struct InstructionSet {
     void (*narrow)(Storage, const float* source, void* target, int64_t n);
     // Read n floats and nothing else: what memory can deliver at most. Returns their sum.
     float (*read)(const float* source, int64_t n);
+    // Takes stripes of 64 bytes into the eight lanes of XXH3 and copies them; null target: only takes them in. `first`
+    // is the number of the first stripe in its input. `streaming` stores past the caches if the target is aligned.
+    void (*copy_stripes)(uint64_t* lanes, const char* source, char* target, int64_t num_stripes, int64_t first,
+                         bool streaming);
+    // The last 64 bytes of the input, which may overlap the stripe before.
+    void (*last_stripe)(uint64_t* lanes, const char* stripe);
 };
 
 }  // namespace kvwise

@@ -68,3 +68,34 @@ def append(
     num_threads: int,
     /,
 ) -> None: ...
+def rans_encode(
+    ends: int, width: int, rows: list[int], columns: int, lanes: int, codes: int, out: int, capacity: int, /
+) -> int: ...
+def rans_decode(
+    ends: int, width: int, rows: list[int], columns: int, lanes: int, stream: int, length: int, codes: int, /
+) -> bool: ...
+def copy_pieces(instruction_set: str, pieces: list[tuple[int, int, int]], streaming: bool, /) -> bytes: ...
+def seal_blocks(
+    instruction_set: str,
+    shape: list[int],
+    headers: list[bytes],
+    keys: list[int],
+    values: list[int],
+    targets: list[memoryview],
+    streaming: bool,
+    num_threads: int,
+    /,
+) -> None: ...
+def open_blocks(
+    instruction_set: str,
+    shape: list[int],
+    views: list[memoryview],
+    wanted_keys: list[bytes],
+    identity: bytes,
+    codec: bytes,
+    keys: list[int],
+    values: list[int],
+    streaming: bool,
+    num_threads: int,
+    /,
+) -> list[bool]: ...

@@ -8,6 +8,7 @@ import pytest
 
 from kvwise.cache.identity import Identity
 from kvwise.cache.manager import CacheManager
+from kvwise.cache.terms import NO_LIMIT, Terms
 from kvwise.core.clock import VirtualClock
 from kvwise.policies.catalogue import make_policy
 
@@ -15,11 +16,11 @@ from kvwise.policies.catalogue import make_policy
 class Cache(CacheManager):
     """A manager with shorthands for whole life stages."""
 
-    def start(self, tokens: Any, salt: str = "", expires_at: float | None = None) -> int:
+    def start(self, tokens: Any, salt: str = "", terms: Terms = NO_LIMIT) -> int:
         """Admit and reserve a prompt; nothing is computed beyond its hit."""
         tokens = np.asarray(tokens)
         keys = self.keys(tokens, salt)
-        row = self.admit(self.match(keys, len(tokens)), keys, len(tokens), expires_at=expires_at)
+        row = self.admit(self.match(keys, len(tokens)), keys, len(tokens), terms=terms)
         assert self.reserve(row, len(tokens))
         return row
 
@@ -27,9 +28,9 @@ class Cache(CacheManager):
         """Commit `num_tokens` in total."""
         self.commit(np.array([row]), np.array([num_tokens]))
 
-    def prefill(self, tokens: Any, salt: str = "", expires_at: float | None = None) -> int:
+    def prefill(self, tokens: Any, salt: str = "", terms: Terms = NO_LIMIT) -> int:
         """Admit, reserve and compute a prompt."""
-        row = self.start(tokens, salt, expires_at)
+        row = self.start(tokens, salt, terms)
         self.compute(row, len(tokens))
         return row
 

@@ -66,7 +66,7 @@ def announced_for_nobody(cache):
 
 def deadline_overlooked(cache):
     block = int(np.flatnonzero(cache._store.index.keyed)[0])
-    cache._store.lifecycle.expires_at[block] = 1.0
+    cache._store.lifecycle.expiry.at[block] = 1.0
 
 
 def computed_more_than_held(cache):

@@ -2,11 +2,13 @@
 
 import numpy as np
 
+from kvwise.cache.terms import Terms
+
 PROMPT = list(range(13))
 
 
 def test_expired_blocks_are_not_found_even_before_the_sweep(cache, clock):
-    cache.release(cache.prefill(PROMPT, expires_at=10.0))
+    cache.release(cache.prefill(PROMPT, terms=Terms(expires_at=10.0)))
     clock.advance(9.9)
     assert cache.found(PROMPT) == 12
     clock.advance(0.1)
@@ -17,7 +19,7 @@ def test_expired_blocks_are_not_found_even_before_the_sweep(cache, clock):
 
 
 def test_a_hit_does_not_prolong_the_expiry(cache, clock):
-    cache.release(cache.prefill(PROMPT, expires_at=10.0))
+    cache.release(cache.prefill(PROMPT, terms=Terms(expires_at=10.0)))
     clock.advance(9.0)
     row = cache.prefill(PROMPT)
     clock.advance(2.0)
@@ -30,7 +32,7 @@ def test_a_hit_does_not_prolong_the_expiry(cache, clock):
 
 
 def test_a_key_can_be_published_again_after_its_block_expired(cache, clock):
-    cache.release(cache.prefill(PROMPT, expires_at=1.0))
+    cache.release(cache.prefill(PROMPT, terms=Terms(expires_at=1.0)))
     clock.advance(2.0)
     cache.prefill(PROMPT)
     assert cache.found(PROMPT) == 12
@@ -85,7 +87,7 @@ def test_a_pin_on_a_block_in_use_outlives_the_sequence(cache):
 
 
 def test_expiry_ends_a_pin(cache, clock):
-    cache.release(cache.prefill(PROMPT, expires_at=1.0))
+    cache.release(cache.prefill(PROMPT, terms=Terms(expires_at=1.0)))
     cache.pin(cache.keys(np.array(PROMPT)))
     clock.advance(1.0)
     assert cache.expire() == 3
@@ -95,7 +97,7 @@ def test_expiry_ends_a_pin(cache, clock):
 
 def test_room_is_made_from_expired_blocks_before_good_ones_are_evicted(cache, clock):
     cache.release(cache.prefill(PROMPT))
-    cache.release(cache.prefill([70, 71, 72, 73, 74], expires_at=1.0))
+    cache.release(cache.prefill([70, 71, 72, 73, 74], terms=Terms(expires_at=1.0)))
     clock.advance(2.0)
     row = cache.start([80])
     assert cache.reserve(row, 4 * 7)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kvwise.cache.events import AllBlocksCleared, BlocksRemoved, BlocksStored
+from kvwise.cache.terms import Terms
 from kvwise.core.errors import InvariantError
 
 PROMPT = list(range(13))
@@ -121,7 +122,7 @@ def test_salts_never_share(cache):
 
 def test_every_miss_has_its_reason(cache, clock):
     assert cache.why(PROMPT) == "never stored"
-    row = cache.prefill(PROMPT, expires_at=5.0)
+    row = cache.prefill(PROMPT, terms=Terms(expires_at=5.0))
     assert cache.why(PROMPT) == "block boundary"
     assert cache.why(PROMPT, salt="b") == "other salt"
     cache.release(row)

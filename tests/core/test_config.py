@@ -2,8 +2,9 @@
 
 import pytest
 
-from kvwise.core.config import EngineConfig, parse_bytes, parse_link
+from kvwise.core.config import EngineConfig
 from kvwise.core.errors import UsageError
+from kvwise.core.sizes import parse_bytes, parse_link
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ The model keeps one number per slot of every page (which token, in which context
 engine would, and after every step reads all live sequences back. What is matchable it learns from the events alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 
 import numpy as np
 from hypothesis import settings
@@ -14,12 +15,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvwise.cache.events import AllBlocksCleared, BlocksRemoved, BlocksStored
 from kvwise.cache.identity import Identity, PrefixKeys
 from kvwise.cache.manager import CacheManager
+from kvwise.cache.misses import RemovalReason
+from kvwise.cache.terms import NO_LIMIT, Terms
 from kvwise.core.clock import VirtualClock
 from kvwise.core.errors import CapacityError
 from kvwise.policies.catalogue import make_policy
 
 NUM_BLOCKS, LANES, SIZE, ROWS, LONGEST = 14, 4, 4, 6, 36
 SALTS = ("", "", "", "a")
+QUOTAS = {"a": 3}  # published blocks; a salt's tenant has its name
 
 # Three texts that part from each other inside the third and the second block.
 TEXTS = np.arange(3 * LONGEST).reshape(3, LONGEST)
@@ -34,12 +38,22 @@ class Sequence:
     tokens: list[int]
     salt: str
     computed: int
-    expires_at: float | None
+    terms: Terms = NO_LIMIT
+    limits: dict[int, float] = field(default_factory=dict)
     kept: list[list[int]] | None = None
 
     def content(self, position: int, lane: int) -> int:
         """What the bytes of this position and lane must be: they depend on all tokens up to it."""
         return hash((self.salt, tuple(self.tokens[: position + 1]), lane))
+
+
+@dataclass
+class Hold:
+    """A transfer under way: its blocks, what their bytes were, and the sequence that may still write them."""
+
+    blocks: np.ndarray
+    bytes: np.ndarray
+    owner: Sequence | None
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -59,11 +73,14 @@ class CacheMachine(RuleBasedStateMachine):
             identity=identity,
             policy=make_policy("lru", NUM_BLOCKS),
             clock=self.clock,
+            quotas=QUOTAS,
         )
         self.bytes = np.zeros((NUM_BLOCKS * LANES, SIZE), np.int64)
         self.live: dict[int, Sequence] = {}
         self.stored: dict[bytes, int] = {}
+        self.kept_until: dict[bytes, Terms] = {}
         self.expiry: dict[bytes, float] = {}
+        self.holds: list[Hold] = []
         self.pins: dict[bytes, float] = {}
         self.num_steps = 0
 
@@ -74,16 +91,21 @@ class CacheMachine(RuleBasedStateMachine):
         text=st.integers(0, 2),
         length=st.sampled_from([14, 17, 24, 8, 5, 1]),
         salt=st.sampled_from(SALTS),
-        ttl=st.sampled_from([None, None, 3.0, 8.0]),
+        ttl=st.sampled_from([inf, inf, 3.0, 8.0]),
+        idle=st.sampled_from([inf, inf, 2.0, 4.0]),
     )
-    def admit(self, text: int, length: int, salt: str, ttl: float | None) -> None:
+    def admit(self, text: int, length: int, salt: str, ttl: float, idle: float) -> None:
         tokens = TEXTS[text, :length].tolist()
         keys = self.cache.keys(np.array(tokens), salt)
         match = self.cache.match(keys, length)
         assert match.num_tokens == len(match.blocks) * SIZE == self.expected_hit(keys, length)
-        expires_at = None if ttl is None else self.clock.now() + ttl
-        row = self.cache.admit(match, keys, length, expires_at=expires_at)
-        self.live[row] = Sequence(tokens, salt, match.num_tokens, expires_at)
+        terms = Terms(self.clock.now() + ttl, idle, salt)
+        row = self.cache.admit(match, keys, length, terms=terms)
+        self.live[row] = Sequence(tokens, salt, match.num_tokens, terms)
+        assert self.cache.chain(row).chain == keys.chain
+        for key in keys.chain[: len(match.blocks)]:
+            self.expiry[key] = self.kept_until[key].deadline(self.clock.now())
+            assert self.expiry[key] <= self.kept_until[key].expires_at
         self.listen()
         if not self.reserve([row])[0]:
             self.release(row)
@@ -127,7 +149,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.listen()
         for source, target in moves:
             self.bytes[target * LANES : (target + 1) * LANES] = self.bytes[source * LANES : (source + 1) * LANES]
-        child = Sequence(parent.tokens[:], parent.salt, parent.computed, parent.expires_at)
+        child = Sequence(parent.tokens[:], parent.salt, parent.computed, parent.terms, dict(parent.limits))
         self.live[twin] = child
         if not self.reserve([twin])[0]:
             self.release(twin)
@@ -174,6 +196,52 @@ class CacheMachine(RuleBasedStateMachine):
         kept = self.live[row].kept
         self.live[row].kept = [line[: n * SIZE] for line, n in zip(kept, fewer.flat, strict=True)]
 
+    @precondition(lambda self: self.whole() and len(self.holds) < 2)
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(self.whole()))
+        start = data.draw(st.integers(0, int(self.cache.num_blocks[row])))
+        stop = data.draw(st.integers(start, min(start + 2, int(self.cache.num_blocks[row]))))
+        blocks = self.cache.hold(row, start, stop)
+        assert blocks.tolist() == self.blocks(row)[start:stop]
+        self.holds.append(Hold(blocks, self.bytes_of(blocks), self.live[row]))
+
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        held = self.holds.pop(data.draw(st.integers(0, len(self.holds) - 1)))
+        self.cache.let_go(held.blocks)
+        self.listen()
+
+    @precondition(lambda self: self.unfinished())
+    @rule(
+        data=st.data(),
+        start=st.integers(0, 4),
+        seconds=st.lists(st.sampled_from([1.0, 4.0, inf]), min_size=1, max_size=3),
+    )
+    def set_expiry(self, data: st.DataObject, start: int, seconds: list[float]) -> None:
+        row = data.draw(st.sampled_from(self.unfinished()))
+        deadlines = self.clock.now() + np.array(seconds)
+        self.cache.set_expiry(row, start, deadlines)
+        limits = self.live[row].limits
+        for i, at in enumerate(deadlines.tolist(), start):
+            limits[i] = min(at, limits.get(i, inf))
+
+    @precondition(lambda self: self.stored and len(self.holds) < 2)
+    @rule(text=st.integers(0, 2), salt=st.sampled_from(SALTS), first=st.integers(0, 2))
+    def withdraw(self, text: int, salt: str, first: int) -> None:
+        keys = self.cache.keys(TEXTS[text, :16], salt).chain[first:]
+        taken = self.taken()
+        blocks = {self.stored[key] for key in keys if key in self.stored}
+        withdrawn = self.cache.withdraw(keys, RemovalReason.PURGED)
+        assert set(withdrawn.blocks.tolist()) == blocks - taken
+        assert withdrawn.kept == len(blocks & taken)
+        self.listen()
+        assert not self.stored.keys() & set(keys)
+        pages = (withdrawn.blocks[:, None] * LANES + np.arange(LANES)).reshape(-1)
+        self.bytes[pages] = -1
+        self.holds.append(Hold(withdrawn.blocks, self.bytes_of(withdrawn.blocks), None))
+
     @precondition(lambda self: self.stored and len(self.pins) < 4)
     @rule(text=st.integers(0, 2), salt=st.sampled_from(SALTS), seconds=st.sampled_from([None, 2.0]))
     def pin(self, text: int, salt: str, seconds: float | None) -> None:
@@ -214,21 +282,23 @@ class CacheMachine(RuleBasedStateMachine):
         self.listen()
         self.cache.check()
         self.verify_bytes()
-        taken = {block for row in self.whole() for block in self.blocks(row)}
-        for row in self.paged():
-            pages, counts = self.cache.page_table(row)
-            lines = zip(pages.reshape(LANES, pages.shape[-1]), counts.flat, strict=True)
-            taken |= {int(page) // LANES for line, n in lines for page in line[:n]}
+        self.verify_holds()
+        taken = self.taken()
         pinned = {key for key in self.pins if key in self.stored}
         due = {key for key in pinned if min(self.pins[key], self.expiry.get(key, np.inf)) <= self.clock.now()}
         most = NUM_BLOCKS - len(taken | {self.stored[key] for key in pinned - due})
         least = NUM_BLOCKS - len(taken | {self.stored[key] for key in pinned})
         assert least <= self.cache.num_available <= most
-        assert self.cache.usage().num_sequences == len(self.live)
+        usage = self.cache.usage()
+        assert usage.num_sequences == len(self.live)
+        assert usage.num_held == len({block for held in self.holds for block in held.blocks.tolist()})
+        assert self.cache.tenant_blocks("a") == len(self.stored_by("a")) <= QUOTAS["a"]
 
     def teardown(self) -> None:
         for row in sorted(self.live):
             self.release(row)
+        for held in self.holds:
+            self.cache.let_go(held.blocks)
         self.cache.clear()
         self.cache.check()
         assert self.cache.usage().num_free == NUM_BLOCKS
@@ -250,6 +320,21 @@ class CacheMachine(RuleBasedStateMachine):
 
     def blocks(self, row: int) -> list[int]:
         return self.cache.tables[row, : self.cache.num_blocks[row]].tolist()
+
+    def taken(self) -> set[int]:
+        """Blocks that a sequence or a transfer holds."""
+        taken = {block for row in self.whole() for block in self.blocks(row)}
+        for row in self.paged():
+            pages, counts = self.cache.page_table(row)
+            lines = zip(pages.reshape(LANES, pages.shape[-1]), counts.flat, strict=True)
+            taken |= {int(page) // LANES for line, n in lines for page in line[:n]}
+        return taken | {block for held in self.holds for block in held.blocks.tolist()}
+
+    def stored_by(self, tenant: str) -> list[bytes]:
+        return [key for key in self.stored if self.kept_until[key].tenant == tenant]
+
+    def bytes_of(self, blocks: np.ndarray) -> np.ndarray:
+        return self.bytes.reshape(NUM_BLOCKS, -1)[blocks].copy()
 
     def expected_hit(self, keys: PrefixKeys, length: int) -> int:
         count = 0
@@ -273,7 +358,7 @@ class CacheMachine(RuleBasedStateMachine):
     def compute(self, rows: list[int], totals: list[int]) -> None:
         """Write the bytes, then commit: full blocks must be matchable at once."""
         # Of two rows that fill the same block in one commit the first stores it.
-        filled: dict[bytes, float] = {}
+        filled: dict[bytes, Terms] = {}
         for row, total in zip(rows, totals, strict=True):
             sequence = self.live[row]
             filled = self.filled(sequence, total) | filled
@@ -288,32 +373,47 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.extend_keys(rows[i], np.array(self.live[rows[i]].tokens[known : totals[i]]))
         self.cache.commit(ids, lengths)
         self.listen(filled)
-        assert filled.keys() <= self.stored.keys()
+        refused = filled.keys() - self.stored.keys()
+        if refused:
+            assert {filled[key].tenant for key in refused} <= QUOTAS.keys()
+            own, taken = self.stored_by("a"), self.taken()
+            assert len(own) == QUOTAS["a"], "refused below the quota"
+            assert all(self.stored[key] in taken or key in self.pins for key in own), (
+                "an own idle block might have left"
+            )
 
-    def filled(self, sequence: Sequence, total: int) -> dict[bytes, float]:
-        """Keys of the blocks that are full once `total` tokens are computed, and when they expire."""
+    def filled(self, sequence: Sequence, total: int) -> dict[bytes, Terms]:
+        """Keys of the blocks that are full once `total` tokens are computed, and their terms."""
         keys = self.cache.keys(np.array(sequence.tokens[:total]), sequence.salt)
-        at = np.inf if sequence.expires_at is None else sequence.expires_at
-        return dict.fromkeys(keys.chain[sequence.computed // SIZE :], at)
+        terms = sequence.terms
+        return {
+            key: Terms(min(terms.expires_at, sequence.limits.get(i, inf)), terms.idle_s, terms.tenant)
+            for i, key in enumerate(keys.chain)
+            if i >= sequence.computed // SIZE
+        }
 
     def release(self, row: int) -> None:
         self.cache.release(row)
         del self.live[row]
         self.listen()
 
-    def listen(self, filled: dict[bytes, float] | None = None) -> None:
+    def listen(self, filled: dict[bytes, Terms] | None = None) -> None:
         """Follow the events; nothing referenced or pinned may ever have been evicted."""
         for event in self.cache.drain_events():
             if isinstance(event, BlocksStored):
                 self.stored.update(zip(event.keys, event.blocks, strict=True))
                 assert filled is not None, "only a commit makes blocks matchable"
-                self.expiry.update({key: filled[key] for key in event.keys})
+                self.kept_until.update({key: filled[key] for key in event.keys})
+                self.expiry.update({key: filled[key].deadline(event.at) for key in event.keys})
             elif isinstance(event, BlocksRemoved):
                 for key in event.keys:
-                    if event.reason == "evicted":
+                    if event.reason == RemovalReason.EXPIRED:
+                        assert self.expiry[key] <= event.at
+                    if event.reason == RemovalReason.EVICTED:
+                        assert not any(self.stored[key] in held.blocks for held in self.holds)
                         assert self.pins.get(key, -1.0) <= event.at
                     del self.stored[key]
-                    self.expiry.pop(key, None)
+                    del self.expiry[key], self.kept_until[key]
                     self.pins.pop(key, None)
             else:
                 assert isinstance(event, AllBlocksCleared)
@@ -328,6 +428,13 @@ class CacheMachine(RuleBasedStateMachine):
             source = blocks[position // SIZE] * LANES + lane
             self.bytes[line[slot // SIZE], slot % SIZE] = self.bytes[source, position % SIZE]
         return kept
+
+    def verify_holds(self) -> None:
+        """Nobody but the row it was held for has written a held block."""
+        for held in self.holds:
+            if any(sequence is held.owner for sequence in self.live.values()):
+                held.bytes = self.bytes_of(held.blocks)
+            assert np.array_equal(self.bytes_of(held.blocks), held.bytes)
 
     def verify_bytes(self, without: int | None = None) -> None:
         for row, sequence in self.live.items():

@@ -1,12 +1,14 @@
 """The proof that nothing leaked: every block and page is accounted for exactly once."""
 
+from collections import Counter
+
 import numpy as np
 import numpy.typing as npt
 
 from kvwise.cache.paging import Paging
+from kvwise.cache.proof import require
 from kvwise.cache.store import BlockStore
 from kvwise.cache.tables import SequenceTables
-from kvwise.core.errors import InvariantError
 
 
 def check_conservation(store: BlockStore, tables: SequenceTables, paging: Paging) -> None:
@@ -23,11 +25,6 @@ def check_conservation(store: BlockStore, tables: SequenceTables, paging: Paging
     _check_rows(store, tables, paging)
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InvariantError(message)
-
-
 def _first(bad: npt.NDArray[np.bool_]) -> str:
     return f"block {int(np.flatnonzero(bad)[0])}" if bad.any() else "none"
 
@@ -40,26 +37,28 @@ def _check_states(store: BlockStore) -> None:
     referenced = pool.refs > 0
     idle = store.index.keyed & ~referenced
     states = free + referenced + idle + pool.broken
-    _require(bool((pool.refs >= 0).all()), f"negative reference count: {_first(pool.refs < 0)}")
-    _require(bool((states == 1).all()), f"not in exactly one state: {_first(states != 1)}")
-    _require(store.num_idle == int(idle.sum()), f"num_idle {store.num_idle} != {int(idle.sum())}")
-    _require(pool.num_broken == int(pool.broken.sum()), f"num_broken {pool.num_broken} != {int(pool.broken.sum())}")
+    require(bool((pool.refs >= 0).all()), f"negative reference count: {_first(pool.refs < 0)}")
+    require(bool((states == 1).all()), f"not in exactly one state: {_first(states != 1)}")
+    require(store.num_idle == int(idle.sum()), f"num_idle {store.num_idle} != {int(idle.sum())}")
+    require(pool.num_broken == int(pool.broken.sum()), f"num_broken {pool.num_broken} != {int(pool.broken.sum())}")
     offered = int((idle & ~store.lifecycle.pinned).sum())
-    _require(len(store.policy) == offered, f"policy ranks {len(store.policy)} blocks, evictable are {offered}")
+    require(len(store.policy) == offered, f"policy ranks {len(store.policy)} blocks, evictable are {offered}")
 
 
 def _check_references(store: BlockStore, tables: SequenceTables, paging: Paging) -> None:
-    """A block's reference count is the number of tables it stands in, and no table names a block twice."""
-    counted = np.zeros(store.pool.num_blocks, np.int64)
+    """A block's reference count is the number of tables and transfers it stands in; no table names a block twice."""
+    counted = store.held.astype(np.int64)
+    require(bool((counted >= 0).all()), f"let go more often than held: {_first(counted < 0)}")
+    require(store.num_held == int((counted > 0).sum()), f"num_held {store.num_held} != {int((counted > 0).sum())}")
     for row in np.flatnonzero(tables.live).tolist():
         blocks = tables.blocks(row)
-        _require(len(np.unique(blocks)) == len(blocks), f"row {row} names a block twice")
+        require(len(np.unique(blocks)) == len(blocks), f"row {row} names a block twice")
         held = paging.rows.get(row)
         if held is not None and held.in_place is not None:
             blocks = blocks[~held.in_place]
         counted[blocks] += 1
     wrong = counted != store.pool.refs
-    _require(not wrong.any(), f"references differ from the tables: {_first(wrong)}")
+    require(not wrong.any(), f"references differ from the tables: {_first(wrong)}")
 
 
 def _check_pages(store: BlockStore, paging: Paging) -> None:
@@ -69,19 +68,19 @@ def _check_pages(store: BlockStore, paging: Paging) -> None:
     for row in paging.rows:
         np.add.at(owners, paging.pages_held(row), 1)
     used = pool.page_used.reshape(-1)
-    _require(not (owners > 1).any(), f"page {int(np.argmax(owners))} has two owners")
-    _require(
+    require(not (owners > 1).any(), f"page {int(np.argmax(owners))} has two owners")
+    require(
         bool((used == (owners == 1)).all()),
         f"page {int(np.argmax(used != (owners == 1)))}: mark and owner differ",
     )
     per_block = pool.page_used.sum(axis=1)
-    _require(bool((per_block == pool.used).all()), f"used pages miscounted: {_first(per_block != pool.used)}")
-    _require(
+    require(bool((per_block == pool.used).all()), f"used pages miscounted: {_first(per_block != pool.used)}")
+    require(
         bool(((per_block > 0) == pool.broken).all()),
         f"broken without owner: {_first((per_block > 0) != pool.broken)}",
     )
     loose = int((pool.pages_per_block - pool.used[pool.broken]).sum())
-    _require(pool.num_loose == loose, f"num_loose {pool.num_loose} != {loose}")
+    require(pool.num_loose == loose, f"num_loose {pool.num_loose} != {loose}")
 
 
 def _check_index(store: BlockStore) -> None:
@@ -89,34 +88,49 @@ def _check_index(store: BlockStore) -> None:
     index = store.index
     pairs = index.pairs()
     keyed = {block for block in range(store.pool.num_blocks) if index.key(block) is not None}
-    _require(len(pairs) == len(keyed), f"{len(pairs)} keys for {len(keyed)} keyed blocks")
+    require(len(pairs) == len(keyed), f"{len(pairs)} keys for {len(keyed)} keyed blocks")
     for key, block in pairs.items():
-        _require(index.key(block) == key, f"block {block} is indexed under a key it does not have")
-    _require(set(np.flatnonzero(index.keyed).tolist()) == keyed, "keyed flags differ from the index")
+        require(index.key(block) == key, f"block {block} is indexed under a key it does not have")
+    require(set(np.flatnonzero(index.keyed).tolist()) == keyed, "keyed flags differ from the index")
     of_block, counts = index.probes()
-    _require(set(of_block) <= keyed, "a probe of an unpublished block")
-    _require(sum(counts.values()) == len(of_block), "probes miscounted")
+    require(set(of_block) <= keyed, "a probe of an unpublished block")
+    require(sum(counts.values()) == len(of_block), "probes miscounted")
 
 
 def _check_lifecycle(store: BlockStore) -> None:
-    """Only published blocks are pinned or expire; nothing is due before `soonest`."""
+    """Only published blocks are pinned or expire, no deadline is overlooked, and no tenant is over its quota."""
     life, keyed = store.lifecycle, store.index.keyed
-    _require(not (life.pinned & ~keyed).any(), f"pinned but not resident: {_first(life.pinned & ~keyed)}")
-    _require(life.num_pinned == int(life.pinned.sum()), f"num_pinned {life.num_pinned} != {int(life.pinned.sum())}")
-    dated = np.isfinite(life.expires_at)
-    _require(not (dated & ~keyed).any(), f"expiry of an unpublished block: {_first(dated & ~keyed)}")
-    _require(not (np.isfinite(life.pinned_until) & ~life.pinned).any(), "a pin's deadline without a pin")
-    true = min(life.expires_at.min(initial=np.inf), life.pinned_until.min(initial=np.inf))
-    _require(life.soonest <= true, f"a deadline at {true} is earlier than the next one known, {life.soonest}")
+    require(not (life.pinned & ~keyed).any(), f"pinned but not resident: {_first(life.pinned & ~keyed)}")
+    require(life.num_pinned == int(life.pinned.sum()), f"num_pinned {life.num_pinned} != {int(life.pinned.sum())}")
+    dated = np.isfinite(life.expiry.at)
+    require(not (dated & ~keyed).any(), f"expiry of an unpublished block: {_first(dated & ~keyed)}")
+    require(not (np.isfinite(life.pins.at) & ~life.pinned).any(), "a pin's deadline without a pin")
+    overlooked = life.expiry.num_overlooked() + life.pins.num_overlooked()
+    require(not overlooked, f"{overlooked} deadlines that no sweep will find in time")
+    _check_quotas(store)
+
+
+def _check_quotas(store: BlockStore) -> None:
+    if not store.quotas.limits:
+        return
+    offered = store.index.keyed & (store.pool.refs == 0) & ~store.lifecycle.pinned
+    ranked = store.quotas.idle()
+    keyed = np.flatnonzero(store.index.keyed).tolist()
+    used = Counter(store.tenants[block] for block in keyed)
+    require(store.quotas.used == used, "published blocks of tenants miscounted")
+    for tenant, limit in store.quotas.limits.items():
+        require(used[tenant] <= limit, f"tenant {tenant!r} keeps {used[tenant]} blocks of at most {limit}")
+        own = {block for block in keyed if offered[block] and store.tenants[block] == tenant}
+        require(ranked[tenant].keys() == own, f"idle blocks of tenant {tenant!r} differ")
 
 
 def _check_rows(store: BlockStore, tables: SequenceTables, paging: Paging) -> None:
     """Computed tokens fit their blocks; announced keys belong to live rows that will publish them."""
     size_of = tables.capacity
     for row in np.flatnonzero(tables.live).tolist():
-        _require(int(tables.num_computed[row]) <= int(size_of[row]), f"row {row} computed more than it holds")
-    _require(all(tables.live[row] for row in paging.rows), "pages held by a released row")
+        require(int(tables.num_computed[row]) <= int(size_of[row]), f"row {row} computed more than it holds")
+    require(all(tables.live[row] for row in paging.rows), "pages held by a released row")
     for key, row in store.index.writers().items():
         keys = tables.keys[row]
         waiting = [] if keys is None or row in paging.rows else keys.chain[int(tables.num_published[row]) :]
-        _require(bool(tables.live[row]) and key in waiting, f"row {row} announced a key it will not publish")
+        require(bool(tables.live[row]) and key in waiting, f"row {row} announced a key it will not publish")

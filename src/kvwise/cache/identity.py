@@ -50,21 +50,23 @@ class Identity:
 class PrefixKeys:
     """The chain of one prompt: `chain[i]` is the key of its i-th full block, `root` the parent of the first.
 
-    `probe` is the first block's key without the salt: it never finds a block, it only lets a miss say "other
-    salt".
+    `probe` is the first block's key without the salt, `bare_probe` without the identity too: they never find a block,
+    they only let a miss say "other salt" or "other model". A private prompt has no keys: it neither hits nor publishes.
     """
 
     root: bytes
     unsalted_root: bytes
     chain: list[bytes] = field(default_factory=list)
     probe: bytes = b""
+    bare_probe: bytes = b""
+    private: bool = False
 
     def __len__(self) -> int:
         return len(self.chain)
 
     def copy(self) -> "PrefixKeys":
         """An independent chain with the same keys."""
-        return PrefixKeys(self.root, self.unsalted_root, self.chain.copy(), self.probe)
+        return PrefixKeys(self.root, self.unsalted_root, self.chain.copy(), self.probe, self.bare_probe, self.private)
 
     def extend(self, tokens: Tokens, block_size: int) -> None:
         """Append the keys of the full blocks in `tokens` [T], which follow the last keyed block."""
@@ -73,6 +75,7 @@ class PrefixKeys:
         parent = self.chain[-1] if self.chain else self.root
         if not self.chain and len(data) >= step:
             self.probe = sha256(self.unsalted_root + data[:step]).digest()
+            self.bare_probe = sha256(data[:step]).digest()
         append = self.chain.append
         for start in range(0, len(data) - step + 1, step):
             parent = sha256(parent + data[start : start + step]).digest()

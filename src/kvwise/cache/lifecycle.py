@@ -1,64 +1,71 @@
-"""When blocks expire and which are pinned: arrays of deadlines in seconds on the injected clock."""
+"""When blocks expire and which are pinned: deadlines in seconds on the injected clock."""
 
 import numpy as np
 import numpy.typing as npt
 
+from kvwise.cache.deadlines import Deadlines, Floats
 from kvwise.policies.base import Blocks
-
-Floats = npt.NDArray[np.float64]
 
 
 class Lifecycle:
     """Deadlines of published blocks; infinity is "never".
 
-    Expiry is absolute and a maximum: it is a promise about data, so it ends a pin, and a hit does not prolong
-    it. A pin only protects from eviction. `soonest` is a lower bound of the next deadline, so that asking is
-    O(1) while nothing is due.
+    Expiry is a promise about data, so it ends a pin; a pin only protects from eviction. A block expires at the end it
+    was published with, or when nobody hit it for its idle time, whichever comes first: `expiry.at` is that moment.
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self.expires_at: Floats = np.full(num_blocks, np.inf)
+        self.expiry = Deadlines(num_blocks)
+        self.pins = Deadlines(num_blocks)
         self.pinned: npt.NDArray[np.bool_] = np.zeros(num_blocks, np.bool_)
-        self.pinned_until: Floats = np.full(num_blocks, np.inf)
         self.num_pinned = 0
-        self.soonest = np.inf
+        self._ends: Floats = np.full(num_blocks, np.inf)
+        self._idle_s: Floats = np.full(num_blocks, np.inf)
 
-    def set_expiry(self, blocks: Blocks, at: Floats) -> None:
-        """Let `blocks[i]` expire at `at[i]` seconds."""
-        self.expires_at[blocks] = at
-        self.soonest = min(self.soonest, float(at.min()))
+    @property
+    def soonest(self) -> float:
+        """A lower bound of the next deadline of either kind: nothing is due before."""
+        return min(self.expiry.soonest, self.pins.soonest)
+
+    def date(self, blocks: Blocks, ends: Floats, idle_s: Floats, now: float) -> None:
+        """Published at `now`, `blocks[i]` expires at `ends[i]`, and after `idle_s[i]` seconds without a hit."""
+        at = np.minimum(ends, now + idle_s)
+        if at.min() < np.inf:
+            self._ends[blocks] = ends
+            self._idle_s[blocks] = idle_s
+            self.expiry.set(blocks, at)
+
+    def hit(self, blocks: Blocks, now: float) -> None:
+        """The idle time of `blocks` starts anew; what is due already stays so."""
+        if self.expiry.soonest < np.inf:
+            blocks = blocks[(self.expiry.at[blocks] > now) & (self._idle_s[blocks] < np.inf)]
+            if len(blocks):
+                self.expiry.set(blocks, np.minimum(self._ends[blocks], now + self._idle_s[blocks]))
 
     def pin(self, blocks: Blocks, until: float) -> Blocks:
         """Pin `blocks`; of two pins the later deadline holds. Returns those that were not pinned before."""
-        fresh = blocks[~self.pinned[blocks]]
-        self.pinned_until[fresh] = until
-        self.pinned_until[blocks] = np.maximum(self.pinned_until[blocks], until)
+        again = self.pinned[blocks]
+        at = np.full(len(blocks), until)
+        at[again] = np.maximum(until, self.pins.at[blocks[again]])
+        self.pins.set(blocks, at)
         self.pinned[blocks] = True
+        fresh: Blocks = blocks[~again]
         self.num_pinned += len(fresh)
-        self.soonest = min(self.soonest, until)
         return fresh
 
     def unpin(self, blocks: Blocks) -> Blocks:
         """Take the pins of `blocks` away; returns those that had one."""
         had = blocks[self.pinned[blocks]]
         self.pinned[had] = False
-        self.pinned_until[had] = np.inf
+        self.pins.clear(had)
         self.num_pinned -= len(had)
         return had
 
     def forget(self, blocks: Blocks) -> None:
         """`blocks` are no longer published: no expiry, no pin."""
-        if self.soonest < np.inf:
-            self.expires_at[blocks] = np.inf
+        if self.expiry.soonest < np.inf:
+            self.expiry.clear(blocks)
+            self._ends[blocks] = np.inf
+            self._idle_s[blocks] = np.inf
         if self.num_pinned:
             self.unpin(blocks)
-
-    def due(self, now: float) -> tuple[Blocks, Blocks]:
-        """(expired blocks, blocks whose pin ended) at `now`; either may be empty."""
-        expired = np.flatnonzero(self.expires_at <= now)
-        unpinned = np.flatnonzero(self.pinned & (self.pinned_until <= now))
-        return expired, unpinned
-
-    def find_soonest(self) -> None:
-        """Tighten `soonest` to the true next deadline."""
-        self.soonest = float(min(self.expires_at.min(initial=np.inf), self.pinned_until.min(initial=np.inf)))

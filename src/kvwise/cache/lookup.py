@@ -3,7 +3,7 @@
 import numpy as np
 
 from kvwise.cache.identity import PrefixKeys
-from kvwise.cache.misses import Miss, MissReason, RemovalReason
+from kvwise.cache.misses import Miss, MissReason
 from kvwise.cache.store import BlockStore
 from kvwise.cache.values import Match
 from kvwise.policies.base import Blocks
@@ -38,9 +38,9 @@ def stands(store: BlockStore, match: Match, keys: PrefixKeys) -> bool:
 
 
 def _num_unexpired(store: BlockStore, blocks: Blocks) -> int:
-    if store.lifecycle.soonest > (now := store.clock.now()):
+    if store.lifecycle.expiry.soonest > (now := store.clock.now()):
         return len(blocks)
-    late = np.flatnonzero(store.lifecycle.expires_at[blocks] <= now)
+    late = np.flatnonzero(store.lifecycle.expiry.at[blocks] <= now)
     return int(late[0]) if len(late) else len(blocks)
 
 
@@ -49,11 +49,11 @@ def _explain(store: BlockStore, keys: PrefixKeys, found: int, limit: int, pendin
         return Miss(MissReason.BLOCK_BOUNDARY, found)
     if pending:
         return Miss(MissReason.PENDING, found)
-    departure = store.ledger.departure(keys.chain[found])
-    if departure is not None:
-        reason, at = departure
-        name = store.policy.name if reason is RemovalReason.EVICTED else None
-        return Miss(MissReason(reason), found, name, at)
+    departed = store.ledger.explain(keys.chain[found], found, store.policy.name)
+    if departed is not None:
+        return departed
     if found == 0 and store.index.stored_under_other_salt(keys):
         return Miss(MissReason.OTHER_SALT, 0)
+    if found == 0 and keys.bare_probe in store.foreign:
+        return Miss(MissReason.OTHER_MODEL, 0)
     return Miss(MissReason.NEVER_STORED, found)

@@ -6,31 +6,33 @@ import numpy as np
 import numpy.typing as npt
 
 from kvwise.cache.check import check_conservation
-from kvwise.cache.events import Event
+from kvwise.cache.figures import Figures
 from kvwise.cache.identity import Identity, PrefixKeys, Tokens
+from kvwise.cache.keeping import Keeping
 from kvwise.cache.lookup import find_match, no_match, stands
-from kvwise.cache.misses import MissReason
 from kvwise.cache.paging import Paging
 from kvwise.cache.pool import BlockPool
 from kvwise.cache.sequences import Sequences
 from kvwise.cache.store import BlockStore
 from kvwise.cache.tables import UNBOUNDED, SequenceTables
-from kvwise.cache.values import Match, Move, Usage
+from kvwise.cache.terms import NO_LIMIT, Terms
+from kvwise.cache.values import Match, Move, Usage, Withdrawn
 from kvwise.core.clock import Clock
 from kvwise.core.errors import CapacityError, InvariantError, UsageError
-from kvwise.policies.base import Blocks, ReplacementPolicy
+from kvwise.policies.base import ReplacementPolicy
 
-__all__ = ["CacheManager", "Identity", "Match", "Move", "PrefixKeys", "Usage"]
+__all__ = ["CacheManager", "Identity", "Match", "Move", "PrefixKeys", "Terms", "Usage", "Withdrawn"]
 
 Int32 = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
-class CacheManager:
+class CacheManager(Keeping, Figures):
     """Owns the block ids and page ids of one tier; sequences are rows of arrays, named by number.
 
-    Life of a row: `keys` -> `match` -> `admit` -> (`reserve` -> `commit`)* -> `release`. A preempted request
+    Life of a row: `keys` -> `match` -> `admit` -> (`reserve` -> `commit`)* -> `release`. How long blocks are kept is
+    said in `keeping.Keeping`, figures are in `figures.Figures`, which are parts of this class. A preempted request
     is released and admitted again later: what it published is matched then. A block is matchable from the
     commit that fills it, never before. The engine reads `tables` int32 [max_sequences,
     max_blocks_per_sequence], `num_blocks` and `num_computed` int32 [max_sequences], and never writes them.
@@ -50,6 +52,7 @@ class CacheManager:
         policy: ReplacementPolicy,
         clock: Clock,
         max_events: int = 10_000,
+        quotas: Mapping[str, int] | None = None,
     ) -> None:
         sizes = (num_blocks, pages_per_block, block_size, max_sequences, max_blocks_per_sequence)
         if min(sizes) < 1:
@@ -66,7 +69,7 @@ class CacheManager:
         self.num_prefix_queries = 0  # tokens looked up by admitted requests
         self.num_prefix_hits = 0  # tokens found
         self._pool = BlockPool(num_blocks, pages_per_block)
-        self._store = BlockStore(self._pool, policy, clock, max_events)
+        self._store = BlockStore(self._pool, policy, clock, max_events, quotas or {})
         self._rows = SequenceTables(max_sequences, max_blocks_per_sequence)
         self._sequences = Sequences(self._store, self._rows, block_size)
         self._paging = Paging(self._store, self._rows)
@@ -77,11 +80,14 @@ class CacheManager:
 
     # -- look-up -----------------------------------------------------------------------------------
 
-    def keys(self, tokens: Tokens, salt: str = "") -> PrefixKeys:
-        """Chain keys of the full blocks of `tokens` [T], once per request; no keys if sharing is off."""
+    def keys(self, tokens: Tokens, salt: str | None = "") -> PrefixKeys:
+        """Chain keys of the full blocks of `tokens` [T], once per request; no keys if sharing is off.
+
+        `salt` None: the prompt is private, it neither hits nor publishes.
+        """
         root = self.identity.root(salt) if salt else self._unsalted_root
-        keys = PrefixKeys(root, self._unsalted_root)
-        if self.sharing:
+        keys = PrefixKeys(root, self._unsalted_root, private=salt is None)
+        if self.sharing and not keys.private:
             keys.extend(tokens, self.block_size)
         return keys
 
@@ -91,36 +97,37 @@ class CacheManager:
         Only looks: holds nothing until `admit`, which must follow before the manager evicts or expires
         anything.
         """
-        return find_match(self._store, keys, num_tokens, self.block_size) if self.sharing else no_match(self._store)
+        if keys.private or not self.sharing:
+            return no_match(self._store)
+        return find_match(self._store, keys, num_tokens, self.block_size)
 
     # -- life of a sequence ------------------------------------------------------------------------
 
-    def admit(self, match: Match, keys: PrefixKeys, num_tokens: int, *, expires_at: float | None = None) -> int:
+    def admit(self, match: Match, keys: PrefixKeys, num_tokens: int, *, terms: Terms = NO_LIMIT) -> int:
         """Open a row that holds the matched blocks; `num_tokens` is the prompt's length, as given to `match`.
 
-        What the row publishes expires at `expires_at` (seconds on the clock; None: never). Raises
-        CapacityError if all rows are taken, InvariantError if a matched block has left since the match.
+        What the row publishes is kept under `terms`. Raises CapacityError if all rows are taken, InvariantError if a
+        matched block has left since the match.
         """
-        row = self._open(match, keys, expires_at)
+        row = self._open(match, keys, terms)
         self._count(match, num_tokens)
         return row
 
     def admit_with_room(
-        self, match: Match, keys: PrefixKeys, num_tokens: int, *, expires_at: float | None = None
+        self, match: Match, keys: PrefixKeys, num_tokens: int, *, terms: Terms = NO_LIMIT
     ) -> int | None:
         """As `admit`, with room for all `num_tokens` tokens; None, and nothing held or counted, if there is none."""
-        row = self._open(match, keys, expires_at)
+        row = self._open(match, keys, terms)
         if not self.reserve(row, num_tokens):
             self.release(row)
             return None
         self._count(match, num_tokens)
         return row
 
-    def _open(self, match: Match, keys: PrefixKeys, expires_at: float | None) -> int:
+    def _open(self, match: Match, keys: PrefixKeys, terms: Terms) -> int:
         if not stands(self._store, match, keys):
             raise InvariantError("a matched block left between match and admit: match again right before admit")
-        expiry = np.inf if expires_at is None else expires_at
-        return self._sequences.open(match, keys, publishing=self.sharing, expires_at=expiry)
+        return self._sequences.open(match, keys, publishing=self.sharing and not keys.private, terms=terms)
 
     def _count(self, match: Match, num_tokens: int) -> None:
         if self.sharing:
@@ -151,6 +158,10 @@ class CacheManager:
         due = np.flatnonzero(num_tokens >= self._rows.publish_at[rows])
         return due[num_tokens[due] >= self._rows.num_keyed[rows[due]] + self.block_size]
 
+    def chain(self, row: int) -> PrefixKeys:
+        """The row's keys, to be read only."""
+        return self._rows.chain(row)
+
     def num_keyed(self, row: int) -> int:
         """Tokens of the row whose blocks have keys; `extend_keys` goes on from there."""
         return int(self._rows.num_keyed[row])
@@ -158,7 +169,7 @@ class CacheManager:
     def extend_keys(self, row: int, tokens: Tokens) -> None:
         """Append the keys of the full blocks in `tokens` [T], the row's tokens from `num_keyed` on."""
         keys = self._rows.chain(row)
-        if self.sharing:
+        if self.sharing and not keys.private:
             keys.extend(tokens, self.block_size)
             self._rows.num_keyed[row] = len(keys) * self.block_size
 
@@ -225,54 +236,7 @@ class CacheManager:
         """Whether the row has left its block table."""
         return row in self._paging.rows
 
-    # -- lifecycle ---------------------------------------------------------------------------------
-
-    def pin(self, keys: PrefixKeys, until: float | None = None) -> int:
-        """Keep the resident run of `keys` from eviction until `until` seconds (None: until `unpin`).
-
-        Returns the number of blocks pinned. Of two pins the later deadline holds; expiry ends a pin.
-        """
-        blocks = self._resident(keys)
-        self._store.pin(blocks, np.inf if until is None else until)
-        return len(blocks)
-
-    def unpin(self, keys: PrefixKeys) -> int:
-        """End the pins of the resident run of `keys`, whoever set them; the number of pins ended."""
-        return self._store.unpin(self._resident(keys))
-
-    def expire(self, now: float | None = None) -> int:
-        """Carry out what is due at `now` (None: the clock's): expiry, ends of pins. Number expired."""
-        return self._store.sweep(self.clock.now() if now is None else now)
-
-    def clear(self) -> int:
-        """Make everything unfindable; live sequences keep their blocks, private now. Number unpublished."""
-        return self._store.clear()
-
-    # -- figures -----------------------------------------------------------------------------------
-
-    @property
-    def num_available(self) -> int:
-        """Whole blocks that a reserve could get now: free, or cached and evictable."""
-        return self._store.num_available
-
-    @property
-    def num_evicted(self) -> int:
-        """Blocks evicted since the start."""
-        return self._store.num_evicted
-
-    @property
-    def miss_counts(self) -> Mapping[MissReason, int]:
-        """Admitted requests by what stopped their run of hits."""
-        return dict(self._store.ledger.counts)
-
-    @property
-    def num_lost_events(self) -> int:
-        """Events that fell out of the full log before anybody drained it."""
-        return self._store.events.num_lost
-
-    def drain_events(self) -> list[Event]:
-        """Return and forget the logged events, oldest first."""
-        return self._store.events.drain()
+    # -- checks -----------------------------------------------------------------------------------
 
     def require_fits(self, num_tokens: int) -> None:
         """CapacityError if a sequence of `num_tokens` tokens could not run even alone."""
@@ -285,26 +249,6 @@ class CacheManager:
                 "or max_model_len"
             )
 
-    def usage(self) -> Usage:
-        """Where the blocks and pages are; O(1)."""
-        pool = self._pool
-        taken = pool.num_blocks - pool.num_free
-        return Usage(
-            num_blocks=pool.num_blocks,
-            num_free=pool.num_free,
-            num_cached=self._store.num_idle,
-            num_referenced=taken - self._store.num_idle - pool.num_broken,
-            num_broken=pool.num_broken,
-            num_pages=pool.num_blocks * pool.pages_per_block,
-            num_pages_used=taken * pool.pages_per_block - pool.num_loose,
-            num_pages_loose=pool.num_loose,
-            num_pinned=self._store.lifecycle.num_pinned,
-            num_sequences=self._rows.num_live,
-        )
-
     def check(self) -> None:
         """Prove that every block and page is accounted for exactly once, else InvariantError."""
         check_conservation(self._store, self._rows, self._paging)
-
-    def _resident(self, keys: PrefixKeys) -> Blocks:
-        return np.array(self._store.index.run(keys.chain, len(keys)), np.int64)

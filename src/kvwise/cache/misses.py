@@ -15,17 +15,25 @@ class MissReason(StrEnum):
     EXPIRED = "expired"
     CLEARED = "cleared"
     WITHDRAWN = "withdrawn"  # its only holder rewrote it in place, for lack of room
+    PURGED = "purged"  # its session, tenant or prefix was deleted on demand
+    TIER_FAULT = "tier fault"  # its tier did not give it back
+    CORRUPT = "corrupt"  # its bytes came back wrong
+    DECLINED = "load declined"  # it is in a lower tier, but computing it was held to be faster
     OTHER_SALT = "other salt"  # for the operator only: a tenant must not learn what another one stores
+    OTHER_MODEL = "other model or dtype"  # or revision, encoding, positions: these tokens are stored under another one
     BLOCK_BOUNDARY = "block boundary"  # all full blocks were found; the rest is computed
 
 
 class RemovalReason(StrEnum):
-    """Why a published block left the index."""
+    """Why a block left an index; every one is a miss reason of the same name."""
 
     EVICTED = "evicted"
     EXPIRED = "expired"
     CLEARED = "cleared"
     WITHDRAWN = "withdrawn"
+    PURGED = "purged"
+    TIER_FAULT = "tier fault"
+    CORRUPT = "corrupt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,10 @@ class Ledger:
         while len(departed) > self._capacity:
             departed.popitem(last=False)
 
-    def departure(self, key: bytes) -> tuple[RemovalReason, float] | None:
-        """Why and when `key` last left, if remembered."""
-        return self._departed.get(key)
+    def explain(self, key: bytes, block_index: int, policy: str) -> Miss | None:
+        """The miss that the last departure of `key` explains, if remembered; `policy` is who evicts here."""
+        departure = self._departed.get(key)
+        if departure is None:
+            return None
+        reason, at = departure
+        return Miss(MissReason(reason), block_index, policy if reason is RemovalReason.EVICTED else None, at)

@@ -50,7 +50,7 @@ class PrefixIndex:
     def add(self, keys: list[bytes], blocks: list[int]) -> list[int]:
         """Publish `blocks[i]` under `keys[i]` where neither is taken (the first writer wins); those i.
 
-        Nobody need announce these keys any longer. The caller mirrors the new ones in `keyed`.
+        The caller mirrors the new ones in `keyed`.
         """
         key_of, claim = self._key_of, self._block_of.setdefault
         added = []
@@ -58,9 +58,6 @@ class PrefixIndex:
             if key_of[block] is None and claim(key, block) == block:
                 key_of[block] = key
                 added.append(i)
-        if self._writers:
-            for key in keys:
-                self._writers.pop(key, None)
         return added
 
     def add_probe(self, block: int, probe: bytes) -> None:
@@ -97,6 +94,12 @@ class PrefixIndex:
         for key in keys:
             if self._writers.get(key) == row:
                 del self._writers[key]
+
+    def end_announcements(self, keys: list[bytes]) -> None:
+        """`keys` are computed: nobody need wait for them any longer."""
+        if self._writers:
+            for key in keys:
+                self._writers.pop(key, None)
 
     def num_announced(self, keys: list[bytes]) -> int:
         """How many keys from the start of `keys` some sequence is computing now."""

@@ -5,7 +5,8 @@ import numpy.typing as npt
 
 from kvwise.cache.identity import PrefixKeys
 from kvwise.cache.store import BlockStore, Publication
-from kvwise.cache.tables import UNBOUNDED, SequenceTables
+from kvwise.cache.tables import UNBOUNDED, Floats, SequenceTables
+from kvwise.cache.terms import Terms
 from kvwise.cache.values import Match, Move
 from kvwise.core.errors import CapacityError, InvariantError
 
@@ -22,7 +23,7 @@ class Sequences:
         self._tables = tables
         self._block_size = block_size
 
-    def open(self, match: Match, keys: PrefixKeys, *, publishing: bool, expires_at: float) -> int:
+    def open(self, match: Match, keys: PrefixKeys, *, publishing: bool, terms: Terms) -> int:
         """A row that holds the matched blocks; it announces the rest of `keys` if `publishing`."""
         table = self._tables
         row = table.take()
@@ -31,7 +32,7 @@ class Sequences:
         table.tables[row, :count] = match.blocks
         table.num_blocks[row] = table.num_published[row] = count
         table.num_computed[row] = table.capacity[row] = match.num_tokens
-        table.expires_at[row] = expires_at
+        table.set_terms(row, terms)
         table.set_keys(row, keys.copy(), self._block_size)
         if publishing:
             table.publish_at[row] = match.num_tokens + self._block_size
@@ -78,8 +79,11 @@ class Sequences:
         shared = table.blocks(row)[:full]
         self._store.pool.refs[shared] += 1
         table.tables[twin, :full] = shared
-        for column in (table.num_computed, table.num_published, table.publish_at, table.expires_at):
+        for column in (table.num_computed, table.num_published, table.publish_at, table.expires_at, table.idle_s):
             column[twin] = column[row]
+        table.tenants[twin] = table.tenants[row]
+        if row in table.limits:
+            table.limits[twin] = table.limits[row]
         table.num_blocks[twin] = full
         table.capacity[twin] = full * self._block_size
         table.set_keys(twin, table.chain(row).copy(), self._block_size)
@@ -122,7 +126,19 @@ class Sequences:
         if keys:
             row_of, depths = _spread(due, start, stop - start)
             blocks = table.tables[row_of, depths].astype(np.int64)
-            self._store.publish(Publication(keys, parents, blocks, depths, table.expires_at[row_of], probes))
+            dates = self._dates(row_of, depths) if table.dated else None
+            tenants = [table.tenants[row] for row in row_of.tolist()] if self._store.quotas.limits else []
+            self._store.publish(Publication(keys, parents, blocks, depths, probes, dates, tenants))
+
+    def _dates(self, rows: Ints, depths: Int64) -> Floats:
+        """Ends and idle times [2, n] of the blocks at (row, depth), seconds."""
+        table, own = self._tables, self._tables.limits
+        ends = table.expires_at[rows]
+        if own:
+            pairs = zip(rows.tolist(), depths.tolist(), strict=True)
+            limits = [own[row][i] if row in own and i < len(own[row]) else np.inf for row, i in pairs]
+            ends = np.minimum(ends, limits)
+        return np.stack([ends, table.idle_s[rows]])
 
     def _append_blocks(self, rows: Ints, need: Int64) -> None:
         """Give each of `rows` `need` (>= 1) more blocks; there is room for them."""

@@ -1,38 +1,64 @@
 """The store: what each block holds, who may take it, and how it changes between free, referenced and idle."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from kvwise.cache.deadlines import Floats
 from kvwise.cache.events import AllBlocksCleared, BlocksRemoved, BlocksStored, EventLog
 from kvwise.cache.lifecycle import Lifecycle
 from kvwise.cache.misses import Ledger, RemovalReason
 from kvwise.cache.pool import BlockPool
 from kvwise.cache.prefix import PrefixIndex
+from kvwise.cache.quotas import Quotas
+from kvwise.cache.values import Withdrawn
 from kvwise.core.clock import Clock
+from kvwise.core.errors import InvariantError
 from kvwise.policies.base import Blocks, ReplacementPolicy
 
 
 class Publication(NamedTuple):
     """Full blocks of any number of chains: `blocks[i]` holds `keys[i]`, whose parent is `parents[i]`.
 
-    `depths` [n] are indices in their chains, `expires_at` [n] seconds or infinity; `probes[i]` matters at
-    depth 0.
+    `depths` [n] are indices in their chains, `probes` block -> probe at depth 0, `dates` float64 [2, n] when they
+    expire and their idle times in seconds (None: nothing expires). `tenants[i]` owns block i; it is empty where there
+    are no quotas.
     """
 
     keys: list[bytes]
     parents: list[bytes]
     blocks: Blocks
     depths: Blocks
-    expires_at: npt.NDArray[np.float64]
     probes: dict[int, bytes]
+    dates: Floats | None
+    tenants: list[str]
+
+    def only(self, places: Sequence[int]) -> "Publication":
+        """The part at these indices."""
+        return Publication(
+            [self.keys[i] for i in places],
+            [self.parents[i] for i in places],
+            self.blocks[places],
+            self.depths[places],
+            self.probes,
+            None if self.dates is None else self.dates[:, places],
+            [self.tenants[i] for i in places if self.tenants],
+        )
 
 
 class BlockStore:
-    """Pool, prefix index, policy and deadlines, kept in step; blocks leave only through here."""
+    """Pool, prefix index, policy and deadlines, kept in step; blocks leave only through here.
 
-    def __init__(self, pool: BlockPool, policy: ReplacementPolicy, clock: Clock, max_events: int) -> None:
+    `held` int32 [num_blocks]: references of transfers under way, which no sequence accounts for. `quotas`: published
+    blocks a tenant. `foreign`: bare probes of prompts that lower tiers keep under another identity.
+    """
+
+    def __init__(
+        self, pool: BlockPool, policy: ReplacementPolicy, clock: Clock, max_events: int, quotas: Mapping[str, int]
+    ) -> None:
         self.pool = pool
         self.policy = policy
         self.clock = clock
@@ -40,7 +66,12 @@ class BlockStore:
         self.lifecycle = Lifecycle(pool.num_blocks)
         self.ledger = Ledger(capacity=max(4 * pool.num_blocks, 1024))
         self.events = EventLog(max_events)
+        self.quotas = Quotas(quotas)
+        self.tenants: list[str] = [""] * pool.num_blocks  # of published blocks; kept only where there are quotas
+        self.held: npt.NDArray[np.int32] = np.zeros(pool.num_blocks, np.int32)
+        self.foreign: set[bytes] = set()
         self.num_idle = 0
+        self.num_held = 0
         self.num_evicted = 0
 
     @property
@@ -61,11 +92,9 @@ class BlockStore:
 
     def retain(self, blocks: Blocks) -> None:
         """A new request hit the published `blocks`: one more reference each."""
-        idle = blocks[self.pool.refs[blocks] == 0]
-        self.num_idle -= len(idle)
-        self.policy.hold(idle[~self.lifecycle.pinned[idle]])
-        self.pool.refs[blocks] += 1
+        self._refer(blocks)
         self.policy.touch(blocks)
+        self.lifecycle.hit(blocks, self.clock.now())
 
     def let_go(self, blocks: Blocks) -> None:
         """Drop one reference of each block; the last one makes it idle if it is published, else free."""
@@ -73,28 +102,46 @@ class BlockStore:
         published = self.index.keyed[gone]
         idle = gone[published]
         self.num_idle += len(idle)
-        self.policy.offer(idle[~self.lifecycle.pinned[idle]])
+        self._offer(idle[~self.lifecycle.pinned[idle]])
         self.pool.push(gone[~published])
 
+    def hold(self, blocks: Blocks) -> None:
+        """A transfer reads or writes `blocks`: one more reference each, dropped by `end_hold`."""
+        self._refer(blocks)
+        self.num_held += int(np.count_nonzero(self.held[blocks] == 0))
+        self.held[blocks] += 1
+
+    def end_hold(self, blocks: Blocks) -> None:
+        """Drop the reference that `hold` took; InvariantError if one of `blocks` has none."""
+        if (self.held[blocks] < 1).any() or len(np.unique(blocks)) < len(blocks):
+            raise InvariantError(f"blocks {blocks.tolist()} are not all held: each hold is let go exactly once")
+        self.held[blocks] -= 1
+        self.num_held -= int(np.count_nonzero(self.held[blocks] == 0))
+        self.let_go(blocks)
+
     def publish(self, new: Publication) -> None:
-        """Make blocks matchable whose bytes are written; a key that is taken leaves its block private."""
+        """Make blocks matchable whose bytes are written; one whose key is taken, or over its quota, stays private."""
         now = self.clock.now()
         self.sweep(now)
-        keys, parents, blocks, depths, expires_at, probes = new
-        ids = blocks.tolist()
-        added = self.index.add(keys, ids)
-        for block in probes.keys() & (ids[i] for i in added):
-            self.index.add_probe(block, probes[block])
-        if len(added) < len(keys):
-            keys, parents, ids = ([column[i] for i in added] for column in (keys, parents, ids))
-            blocks, depths, expires_at = blocks[added], depths[added], expires_at[added]
-        if not keys:
+        self.index.end_announcements(new.keys)
+        if self.quotas.limits:
+            new = new.only(self._make_quota(new))
+        ids = new.blocks.tolist()
+        added = self.index.add(new.keys, ids)
+        for block in new.probes.keys() & (ids[i] for i in added):
+            self.index.add_probe(block, new.probes[block])
+        if len(added) < len(new.keys):
+            new = new.only(added)
+        if not new.keys:
             return
-        self.index.keyed[blocks] = True
-        if expires_at.min() < np.inf:
-            self.lifecycle.set_expiry(blocks, expires_at)
-        self.policy.insert(blocks, np.frombuffer(b"".join(keys), np.uint64)[::4], depths)
-        self.events.append(BlocksStored(now, tuple(keys), tuple(parents), tuple(ids)))
+        self.index.keyed[new.blocks] = True
+        for block, tenant in zip(new.blocks.tolist(), new.tenants, strict=False):
+            self.tenants[block] = tenant
+            self.quotas.charge(tenant, 1)
+        if new.dates is not None:
+            self.lifecycle.date(new.blocks, new.dates[0], new.dates[1], now)
+        self.policy.insert(new.blocks, np.frombuffer(b"".join(new.keys), np.uint64)[::4], new.depths)
+        self.events.append(BlocksStored(now, tuple(new.keys), tuple(new.parents), tuple(new.blocks.tolist())))
 
     def withdraw(self, blocks: Blocks, reason: RemovalReason) -> None:
         """Make published `blocks` unfindable; idle ones become free, referenced ones private."""
@@ -102,25 +149,31 @@ class BlockStore:
             self.policy.remove(blocks)
             self._unpublish(blocks, reason)
 
+    def withdraw_held(self, blocks: Blocks, reason: RemovalReason) -> Withdrawn:
+        """`withdraw`, but those that nobody refers to are held instead of free."""
+        idle = blocks[self.pool.refs[blocks] == 0]
+        self.hold(idle)
+        self.withdraw(blocks, reason)
+        return Withdrawn(idle, len(blocks) - len(idle))
+
     def pin(self, blocks: Blocks, until: float) -> None:
         """Protect published `blocks` from eviction until `until` seconds."""
         fresh = self.lifecycle.pin(blocks, until)
-        self.policy.hold(fresh[self.pool.refs[fresh] == 0])
+        self._hold_back(fresh[self.pool.refs[fresh] == 0])
 
     def unpin(self, blocks: Blocks) -> int:
         """End the pins of `blocks`; idle ones may be evicted, deepest first. Number of pins ended."""
         had = self.lifecycle.unpin(blocks)[::-1]
-        self.policy.offer(had[self.pool.refs[had] == 0])
+        self._offer(had[self.pool.refs[had] == 0])
         return len(had)
 
     def sweep(self, now: float) -> int:
         """Carry out what is due at `now`: expired blocks leave, pins end. Number expired; O(1) if none."""
         if now < self.lifecycle.soonest:
             return 0
-        expired, unpinned = self.lifecycle.due(now)
+        expired = self.lifecycle.expiry.take_due(now)
         self.withdraw(expired, RemovalReason.EXPIRED)
-        self.unpin(unpinned)
-        self.lifecycle.find_soonest()
+        self.unpin(self.lifecycle.pins.take_due(now))
         return len(expired)
 
     def clear(self) -> int:
@@ -130,9 +183,51 @@ class BlockStore:
         self.events.append(AllBlocksCleared(self.clock.now()))
         return len(blocks)
 
+    def _make_quota(self, new: Publication) -> list[int]:
+        """Which of `new` their tenants' quotas admit, first to last; own idle blocks leave for them."""
+        room = {tenant: self.quotas.room(tenant) for tenant in self.quotas.limits}
+        wanted: dict[bytes, str] = {}
+        places = []
+        for i, (key, block, tenant) in enumerate(zip(new.keys, new.blocks.tolist(), new.tenants, strict=True)):
+            taken = key in wanted or self.index.find(key) is not None or self.index.key(block) is not None
+            if tenant in room and not taken:
+                if room[tenant] < 1:
+                    continue
+                room[tenant] -= 1
+                wanted[key] = tenant
+            places.append(i)
+        for tenant, count in Counter(wanted.values()).items():
+            victims = np.array(self.quotas.victims(tenant, count), np.int64)
+            self.num_evicted += len(victims)
+            self.withdraw(victims, RemovalReason.EVICTED)
+        return places
+
+    def _refer(self, blocks: Blocks) -> None:
+        idle = blocks[self.pool.refs[blocks] == 0]
+        self.num_idle -= len(idle)
+        self._hold_back(idle[~self.lifecycle.pinned[idle]])
+        self.pool.refs[blocks] += 1
+
+    def _offer(self, blocks: Blocks) -> None:
+        self.policy.offer(blocks)
+        if self.quotas.limits:
+            self.quotas.offer(self._owned(blocks))
+
+    def _hold_back(self, blocks: Blocks) -> None:
+        self.policy.hold(blocks)
+        if self.quotas.limits:
+            self.quotas.hold(self._owned(blocks))
+
+    def _owned(self, blocks: Blocks) -> list[tuple[int, str, int]]:
+        return [(block, self.tenants[block], 1) for block in blocks.tolist()]
+
     def _unpublish(self, blocks: Blocks, reason: RemovalReason) -> None:
         idle = blocks[self.pool.refs[blocks] == 0]
         ids = blocks.tolist()
+        if self.quotas.limits:
+            self.quotas.hold(self._owned(idle[~self.lifecycle.pinned[idle]]))
+            for block in ids:
+                self.quotas.discharge(self.tenants[block], 1)
         keys = self.index.discard(ids)
         self.lifecycle.forget(blocks)
         self.num_idle -= len(idle)

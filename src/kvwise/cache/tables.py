@@ -4,11 +4,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kvwise.cache.identity import PrefixKeys
+from kvwise.cache.terms import Terms
 from kvwise.core.errors import CapacityError, InvariantError
 from kvwise.policies.base import Blocks
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 UNBOUNDED = int(np.iinfo(np.int32).max)
 
 
@@ -18,7 +20,8 @@ class SequenceTables:
     `tables` int32 [S, N]; `num_blocks`, `num_computed` int32 [S]; `capacity` int64 [S]: tokens that fit the
     row's blocks (UNBOUNDED for rows that hold pages); `publish_at` int64 [S]: tokens at which the next block
     may be published (UNBOUNDED: never); `num_published` int64 [S]: leading blocks already considered for
-    publishing; `num_keyed` int64 [S]: tokens whose blocks have keys.
+    publishing; `num_keyed` int64 [S]: tokens whose blocks have keys; `expires_at`, `idle_s` float64 [S]: the terms of
+    what the row publishes; `limits` row -> float64 [n]: deadlines of its first n blocks, where they have their own.
     """
 
     def __init__(self, max_sequences: int, max_blocks: int) -> None:
@@ -32,7 +35,11 @@ class SequenceTables:
         self.num_published: Int64 = np.zeros(max_sequences, np.int64)
         self.num_keyed: Int64 = np.zeros(max_sequences, np.int64)
         self.live: npt.NDArray[np.bool_] = np.zeros(max_sequences, np.bool_)
-        self.expires_at: npt.NDArray[np.float64] = np.full(max_sequences, np.inf)
+        self.expires_at: Floats = np.full(max_sequences, np.inf)
+        self.idle_s: Floats = np.full(max_sequences, np.inf)
+        self.dated = False  # whether anything here ever had a deadline: without one, publishing need not ask
+        self.tenants: list[str] = [""] * max_sequences
+        self.limits: dict[int, Floats] = {}
         self.keys: list[PrefixKeys | None] = [None] * max_sequences
         self._free = list(range(max_sequences - 1, -1, -1))
 
@@ -67,12 +74,29 @@ class SequenceTables:
         self.keys[row] = keys
         self.num_keyed[row] = len(keys) * block_size
 
+    def set_terms(self, row: int, terms: Terms) -> None:
+        """What the row publishes is kept under `terms`."""
+        self.expires_at[row] = terms.expires_at
+        self.idle_s[row] = terms.idle_s
+        self.tenants[row] = terms.tenant
+        self.dated = self.dated or min(terms.expires_at, terms.idle_s) < np.inf
+
+    def limit(self, row: int, start: int, expires_at: Floats) -> None:
+        """The row's block `start + i` must not outlive `expires_at[i]` seconds; of two limits the earlier holds."""
+        had = self.limits.get(row, np.zeros(0))
+        limits = np.full(max(len(had), start + len(expires_at)), np.inf)
+        limits[: len(had)] = had
+        limits[start : start + len(expires_at)] = np.minimum(limits[start : start + len(expires_at)], expires_at)
+        self.limits[row] = limits
+        self.dated = True
+
     def give_back(self, row: int) -> None:
         """Free the row; its blocks must have been dropped."""
         self.live[row] = False
         self.num_blocks[row] = 0
         self.capacity[row] = 0  # so that a commit to it is refused
         self.keys[row] = None
+        self.limits.pop(row, None)
         self._free.append(row)
 
     def require_live(self, row: int) -> None:

@@ -30,6 +30,15 @@ class Match:
     generation: int
 
 
+class Withdrawn(NamedTuple):
+    """What became of withdrawn keys' blocks: `blocks` int64 [n] were nobody's and are held now, so that their bytes can
+    be overwritten before `let_go` frees them; `kept` others are private to running sequences, and free when those end.
+    """
+
+    blocks: Blocks
+    kept: int
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Where the blocks are: `num_blocks` = free + cached + referenced + broken.
@@ -37,6 +46,7 @@ class Usage:
     Cached blocks are published and unreferenced; they count as used pages, though most can be evicted at
     once. `num_pages_used`: pages that hold something: all of a cached or referenced block's, the owned ones
     of a broken block. `num_pages_loose`: the other pages of broken blocks, which only page tables can use.
+    `num_held`: referenced blocks that a transfer under way holds.
     """
 
     num_blocks: int
@@ -49,6 +59,7 @@ class Usage:
     num_pages_loose: int
     num_pinned: int
     num_sequences: int
+    num_held: int
 
     @property
     def num_pages_held(self) -> int:

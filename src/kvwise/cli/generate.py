@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kvwise.core.config import parse_bytes, parse_link
 from kvwise.core.errors import RequestError, UsageError
 from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
+from kvwise.core.sizes import parse_bytes, parse_link
 
 Memory = "Memory"
 Sampling = "Sampling"

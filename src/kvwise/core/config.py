@@ -1,10 +1,10 @@
 """Settings of an engine; names are vLLM's where the thing is the same."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvwise.core.errors import UsageError
+from kvwise.core.tiering import OFFLOADS, TierSpec
 
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -28,7 +28,15 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     enable_chunked_prefill: bool = True
+    tiers: Sequence[TierSpec] = ()  # below the device, fastest first
+    offload: str = "through"  # blocks go down as soon as they are full; "back": when their request ends
+    store_after: int = 1  # a block goes down the so-manyth time that a request uses it
+    store_min_tokens: int = 0  # prompts shorter than this are not stored
+    tier_deadline_s: float = 10.0  # a transfer that takes longer is given up, and its blocks are computed
+    ttl_s: float | None = None  # how long KV may be found, unless a request or session says otherwise
+    idle_ttl_s: float | None = None  # likewise, without being used
     links: Mapping[str, float] = field(default_factory=dict)  # "host:device" -> bytes per second
+    compute_share: float = 1.0  # of the device's time; the rest is slept: a stand-in for other tenants, in studies
     kernels: str | None = None  # None: the best for the device
     check: bool = False  # prove the cache's conservation after every step
     audit: bool = False  # compare what a selection method fetches with an exact ranking (slow)
@@ -44,11 +52,21 @@ class EngineConfig:
             ("max_num_seqs", self.max_num_seqs >= 1, "at least 1"),
             ("max_num_batched_tokens", self.max_num_batched_tokens >= 1, "at least 1"),
             ("max_model_len", _above_0(self.max_model_len), "at least 1"),
+            ("offload", self.offload in OFFLOADS, f"one of {', '.join(OFFLOADS)}"),
+            ("store_after", self.store_after >= 1, "at least 1"),
+            ("store_min_tokens", self.store_min_tokens >= 0, "0 or more"),
+            ("tier_deadline_s", self.tier_deadline_s > 0, "above 0"),
+            ("ttl_s", _above_0(self.ttl_s), "above 0"),
+            ("idle_ttl_s", _above_0(self.idle_ttl_s), "above 0"),
+            ("compute_share", 0 < self.compute_share <= 1, "above 0, at most 1"),
             ("links", all(speed > 0 for speed in self.links.values()), "speeds above 0, in bytes per second"),
         )
         for name, ok, limit in limits:
             if not ok:
                 raise UsageError(f"{name}={getattr(self, name)!r} is out of range: it must be {limit}")
+        kinds = [tier.kind for tier in self.tiers]
+        if len(set(kinds)) < len(kinds):
+            raise UsageError(f"tiers name {max(kinds, key=kinds.count)!r} twice: give each kind once")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UsageError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
@@ -56,39 +74,5 @@ class EngineConfig:
             )
 
 
-def _above_0(value: int | None) -> bool:
+def _above_0(value: float | None) -> bool:
     return value is None or value > 0
-
-
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size such as `512MiB`, `2GB`, `1.5g` or `1048576`."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    if match is None or match[2].lower() not in _UNITS:
-        raise UsageError(f"{text!r} is no size; write a number with a unit, such as 512MiB or 2GB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-def parse_link(text: str) -> tuple[str, float]:
-    """Read a link throttle such as `host:device=12GB/s` or `host:disk=25Gbps` -> (link, bytes per second)."""
-    match = re.fullmatch(r"([a-z]+:[a-z]+)=([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(b/s|bps)", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"{text!r} is no link; write link=speed, such as host:device=12GB/s or host:disk=25Gbps")
-    # A lower-case b in "bps" is bits, as network links are sold; "B/s" is bytes.
-    bits = 8 if match[4].lower() == "bps" else 1
-    speed = float(match[2]) * _UNITS[match[3].lower()] / bits
-    if speed <= 0:
-        raise UsageError(f"link {match[1]}: speed {match[2]} must be above 0")
-    return match[1], speed

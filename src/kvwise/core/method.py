@@ -27,6 +27,8 @@ class Trait(StrEnum):
     NEEDS_LAST_ROWS = "ranks tokens by the attention of the prompt's last rows"
     SKIPS_ROWS = "reuses KV, so the rows of the reused tokens are never computed"
     OWNS_PAGES = "rearranges a request's pages after prefill"
+    NEEDS_PREFIX_KEYS = "finds stored KV by the keys of its prefix"
+    NO_PREFIX_KEYS = "shares nothing, so prefixes have no keys"
     PRIVATE = "makes the kept bytes depend on the request"
 
 

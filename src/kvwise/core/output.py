@@ -14,6 +14,24 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What became of a request's stored prefix. Seconds are from admission until the prefix was there.
+
+    `decision` is compute, load or both. `compute_s` and `load_s` are what the two fixed choices, computing or loading
+    all of it, should have taken, with the speeds known when this was written down; `regret_s` is the actual time minus
+    the better of the two (negative: won). None: nobody knows.
+    """
+
+    decision: str
+    tokens_loaded: int
+    tokens_computed: int
+    compute_s: float | None = None
+    load_s: float | None = None
+    actual_s: float | None = None
+    regret_s: float | None = None
+
+
 @dataclass(slots=True)
 class RequestMetrics:
     """Times of one request, in seconds on the engine's clock, and its token counts."""
@@ -27,6 +45,7 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     miss: str | None = None
+    load: LoadReport | None = None
 
 
 @dataclass(slots=True)
@@ -37,6 +56,7 @@ class Attestation:
     tokens_seen: int = 0
     tokens_computed: int = 0
     tokens_reused: int = 0
+    tokens_loaded: int = 0  # of the prompt, brought back from a tier below the device
     tokens_dropped: int = 0  # per layer and head: a token dropped by all L*H heads counts L*H
     tokens_fetched: int = 0  # likewise
     fetch_candidates: int = 0  # tokens a selection could have fetched: fetched / candidates is the share read
@@ -97,3 +117,4 @@ class EngineStats:
     prefix_queries: int  # tokens looked up
     prefix_hits: int  # tokens found
     links: Mapping[str, str]  # throttled links and their label, such as {"host:device": "12 GB/s (throttled)"}
+    tiers: Mapping[str, object] = field(default_factory=dict)  # figures of the tiers below, by name

@@ -28,6 +28,11 @@ CONFLICTS: tuple[tuple[Trait, Trait, str], ...] = (
         Trait.OWNS_PAGES,
         "both rearrange a request's pages after prefill, and a page can have one owner",
     ),
+    (
+        Trait.NO_PREFIX_KEYS,
+        Trait.NEEDS_PREFIX_KEYS,
+        "stored KV is found by the keys of its prefix, which only the reuse of prefixes makes: add '+prefix'",
+    ),
 )
 
 

@@ -1,6 +1,6 @@
 """One step's flat batch: tokens, positions and, for each part, where its KV is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvwise.cache.manager import CacheManager
+from kvwise.engine.hierarchy.loads import Loads
 from kvwise.engine.placement.base import Placement
 from kvwise.engine.scheduler import Scheduled
 from kvwise.kernels.base import Kernels
@@ -50,11 +51,14 @@ class _Line:
 class BatchBuilder:
     """Lays out steps for one engine."""
 
-    def __init__(self, cache: CacheManager, arena: Arena, kernels: Kernels, placement: Placement) -> None:
+    def __init__(
+        self, cache: CacheManager, arena: Arena, kernels: Kernels, placement: Placement, loads: Loads | None = None
+    ) -> None:
         self._cache = cache
         self._arena = arena
         self._kernels = kernels
         self._placement = placement
+        self._loads = loads
         self._device = arena.keys.device
 
     def build(self, schedule: Sequence[Scheduled]) -> Batch:
@@ -76,10 +80,13 @@ class BatchBuilder:
             self._tensor(tokens),
             self._tensor(positions),
             self._tensor(ends[sampled]),
-            StepBatch(parts, self._arena.layout.num_layers),
+            StepBatch(parts, self._arena.layout.num_layers, self._gates(order)),
             order,
             [order[i] for i in sampled],
         )
+
+    def _gates(self, order: Sequence[Scheduled]) -> list[Callable[[int], bool]]:
+        return [] if self._loads is None else self._loads.gates([item.sequence for item in order])
 
     def _tensor(self, array: Int64) -> Tensor:
         return torch.from_numpy(array).to(self._device)

@@ -7,7 +7,7 @@ from torch import Tensor
 from kvwise.core.layout import KVLayout
 from kvwise.kernels.base import Kernels
 from kvwise.methods.selection.base import Index
-from kvwise.models.attention import BlockPart, StepBatch
+from kvwise.models.attention import BlockPart, Observer, StepBatch
 from kvwise.models.hook import forward
 from kvwise.models.loaded import LoadedModel
 from kvwise.tasks.synthetic.recall import Recall
@@ -40,6 +40,21 @@ class _Calibrator:
 
 def calibrate(loaded: LoadedModel, index: Index, layout: KVLayout, kernels: Kernels) -> None:
     """Prefill a sample of up to 512 tokens on a small arena of its own (the paper samples 2,048 tokens of PG-19)."""
+    _prefill_sample(loaded, layout, kernels, _Calibrator(index))
+
+
+def sample_blocks(loaded: LoadedModel, layout: KVLayout, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Keys and values [n, L, H, block_size, D] of the sample's full blocks, in CPU memory."""
+    arena, num_tokens = _prefill_sample(loaded, layout, kernels, None)
+    shape = (-1, layout.num_layers, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    full = num_tokens // layout.block_size
+    return arena.keys.view(shape)[:full].cpu(), arena.values.view(shape)[:full].cpu()
+
+
+def _prefill_sample(
+    loaded: LoadedModel, layout: KVLayout, kernels: Kernels, observer: Observer | None
+) -> tuple[Arena, int]:
+    """An arena that holds the KV of the sample, and its tokens."""
     tokens = sample_tokens(loaded, min(NUM_TOKENS, loaded.max_model_len))
     device = loaded.device
     num_blocks = layout.num_blocks_for(len(tokens))
@@ -53,10 +68,11 @@ def calibrate(loaded: LoadedModel, index: Index, layout: KVLayout, kernels: Kern
         torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
         torch.tensor([len(tokens)], dtype=torch.int32, device=device),
         positions,
-        observer=_Calibrator(index),
+        observer=observer,
     )
     no_logits = torch.empty(0, dtype=torch.int64, device=device)
     forward(loaded, torch.tensor(tokens, device=device), positions, StepBatch([part], layout.num_layers), no_logits)
+    return arena, len(tokens)
 
 
 def sample_tokens(loaded: LoadedModel, num_tokens: int) -> list[int]:

@@ -14,6 +14,8 @@ from kvwise.core.params import SamplingParams
 from kvwise.core.strategy import Strategy
 from kvwise.engine.batch import Batch, BatchBuilder
 from kvwise.engine.finish import Finisher
+from kvwise.engine.hierarchy.storing import Storing
+from kvwise.engine.meter import Meter, ShareMeter
 from kvwise.engine.placement.choose import make_memory
 from kvwise.engine.runner import Runner
 from kvwise.engine.sampler import SequenceSampler
@@ -28,8 +30,9 @@ class Engine:
     """Continuous batching of many requests over one model and one strategy. Speaks token ids; not thread-safe."""
 
     def __init__(
-        self, loaded: LoadedModel, strategy: Strategy, config: EngineConfig, clock: Clock | None = None
-    ) -> None:
+        self, loaded: LoadedModel, strategy: Strategy, config: EngineConfig, clock: Clock | None = None,
+        meter: Meter | None = None,
+    ) -> None:  # fmt: skip
         self.loaded = loaded
         self.strategy = strategy
         self.config = config
@@ -37,9 +40,11 @@ class Engine:
         self.memory = make_memory(loaded, strategy, config, self.clock)
         self.max_model_len = max_model_len(loaded, config)
         cache, placement = self.memory.cache, self.memory.placement
-        self._scheduler = Scheduler(cache, placement, config, self.clock)
-        self._builder = BatchBuilder(cache, self.memory.arena, self.memory.kernels, placement)
-        self._runner = Runner(loaded, look_ahead=placement.looks_ahead)
+        self._loads = self.memory.loads
+        self._storing = None if self._loads is None else Storing(self._loads.hierarchy, cache, config)
+        self._scheduler = Scheduler(cache, placement, config, self.clock, self._loads, self._storing)
+        self._builder = BatchBuilder(cache, self.memory.arena, self.memory.kernels, placement, self._loads)
+        self._runner = Runner(loaded, look_ahead=placement.looks_ahead, meter=meter or ShareMeter(config.compute_share))
         self._finisher = Finisher(self.memory, self._scheduler, loaded, self.clock)
         self._requests: dict[str, list[Sequence]] = {}
         self._ids = itertools.count()
@@ -150,15 +155,13 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, commit: one forward pass for every request that can go on."""
+        if self._storing is not None:
+            self._storing.poll()
         schedule = self._scheduler.schedule()
         if schedule:
-            batch = self._builder.build(schedule)
-            try:
-                logits = self._runner.run(batch)
-            except Exception as error:  # the model or the memory gave out: only this step's requests fail
-                self._finisher.fail([(s.sequence, error) for s in batch.order])
-            else:
-                self._commit(batch, logits)
+            self._run(self._builder.build(schedule))
+        elif self._loads:
+            self._loads.wait()
         elif not self._scheduler.running and self._scheduler.waiting:
             self._finisher.refuse_stuck(self._scheduler.waiting[0])
         self._num_steps += 1
@@ -166,15 +169,33 @@ class Engine:
             self.memory.cache.check()
         return self.collect()
 
+    def _run(self, batch: Batch) -> None:
+        began = self.clock.now()
+        try:
+            logits = self._runner.run(batch)
+        except Exception as error:  # the model or the memory gave out: only this step's requests fail
+            self._finisher.fail([(s.sequence, error) for s in batch.order])
+            return
+        if self._loads is not None:
+            self._loads.note_step([(s.sequence, s.num_tokens) for s in batch.order], self.clock.now() - began)
+            for item in batch.order:
+                if self._loads.is_broken(item.sequence):
+                    self._scheduler.start_over(item.sequence)
+        self._commit(batch, logits)
+
     def _commit(self, batch: Batch, logits: Tensor) -> None:
         """The step's KV is written: make it known, let methods see it, take the new tokens."""
-        prefills = [(s.sequence, s.num_tokens) for s in batch.order if s.sequence.phase is Phase.PREFILL]
-        settled = [s.sequence for s in batch.order if s.sequence.settled]
-        for item in batch.order:
+        order = [item for item in batch.order if item.sequence.row is not None]  # the others must start over
+        prefills = [(s.sequence, s.num_tokens) for s in order if s.sequence.phase is Phase.PREFILL]
+        settled = [s.sequence for s in order if s.sequence.settled]
+        for item in order:
             item.sequence.num_computed += item.num_tokens
             item.sequence.attestation.tokens_computed += item.num_tokens
         sound = self._finisher.drop_unsound(batch, logits)
-        self._publish([s.sequence for s in batch.order if s.sequence.row is not None])
+        alive = [s.sequence for s in order if s.sequence.row is not None]
+        self._publish(alive)
+        if self._storing is not None:
+            self._storing.offer_full(alive)
         if prefills := [p for p in prefills if p[0].row is not None]:
             self._finisher.fail(self.memory.placement.after_prefill_step(prefills))
         if settled := [s for s in settled if s.row is not None]:
@@ -206,6 +227,9 @@ class Engine:
         """Figures of this moment."""
         usage, cache = self.memory.cache.usage(), self.memory.cache
         outside = dict(self.memory.placement.kv_bytes())
+        hierarchy = self.memory.hierarchy
+        for tier in [] if hierarchy is None else hierarchy.tiers:
+            outside[tier.name] = outside.get(tier.name, 0) + tier.stats().num_bytes
         device = usage.num_pages_used * self.memory.layout.page_bytes + outside.pop("device", 0)
         return EngineStats(
             num_running=len(self._scheduler.running),
@@ -219,7 +243,8 @@ class Engine:
             kv_bytes={"device": device, **outside},
             prefix_queries=cache.num_prefix_queries,
             prefix_hits=cache.num_prefix_hits,
-            links=self.memory.placement.links(),
+            links={**self.memory.placement.links(), **({} if hierarchy is None else hierarchy.links())},
+            tiers={} if hierarchy is None else {tier.name: tier for tier in hierarchy.stats()},
         )
 
     def close(self) -> None:
@@ -229,6 +254,9 @@ class Engine:
         self._requests.clear()
         self._runner.close()
         self.memory.placement.close()
+        if self._loads is not None:
+            self._loads.close()
+            self._loads.hierarchy.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -34,12 +34,12 @@ class Finisher:
         The others that are to be sampled are returned with their row of logits.
         """
         for item, fine in zip(batch.order, _sound(batch), strict=True):
-            if not fine:
+            if not fine and item.sequence.row is not None:
                 self.end(item.sequence, FinishReason.ERROR, "the model's keys and values are not finite numbers")
         sound = []
         for row, (item, fine) in enumerate(zip(batch.sampled, finite_rows(logits), strict=True)):
-            if item.sequence.phase is Phase.FINISHED:
-                continue
+            if item.sequence.row is None:
+                continue  # it has ended, or must start over
             if fine:
                 sound.append((item.sequence, row))
             else:

@@ -1,9 +1,12 @@
 """Runs a batch through the model, and tells it each layer's input on the way where somebody guesses ahead."""
 
+import time
+
 import torch
 from torch import Tensor
 
 from kvwise.engine.batch import Batch
+from kvwise.engine.meter import Meter
 from kvwise.models.hook import forward
 from kvwise.models.loaded import LoadedModel
 from kvwise.models.speculate import QueryAhead
@@ -12,14 +15,19 @@ from kvwise.models.speculate import QueryAhead
 class Runner:
     """The torch runner: computes. (A cost model can stand in for it and say how long it would have taken.)"""
 
-    def __init__(self, loaded: LoadedModel, *, look_ahead: bool) -> None:
+    def __init__(self, loaded: LoadedModel, *, look_ahead: bool, meter: Meter) -> None:
         _keep_heap()
+        self._meter = meter
         self._loaded = loaded
         self._ahead = QueryAhead.attach(loaded) if look_ahead else None
 
     def run(self, batch: Batch) -> Tensor:
         """Logits float32 [R, V] of the batch's `logit_rows`."""
-        return forward(self._loaded, batch.tokens, batch.positions, batch.step, batch.logit_rows)
+        began = time.perf_counter()
+        logits = forward(self._loaded, batch.tokens, batch.positions, batch.step, batch.logit_rows)
+        context = int(batch.positions.sum()) // len(batch.positions)
+        self._meter.charge(len(batch.tokens), context, time.perf_counter() - began)
+        return logits
 
     def close(self) -> None:
         """Take the hooks off the model, which may serve another engine."""

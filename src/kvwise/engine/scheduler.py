@@ -1,13 +1,16 @@
-"""Who runs in the next step, and with how many tokens: decode first, then prefill chunks, then new requests."""
+"""Who runs in the next step, and with how many tokens: decode first, then prefill, then what loading leaves over."""
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from kvwise.cache.manager import CacheManager, Match
 from kvwise.core.clock import Clock
 from kvwise.core.config import EngineConfig
+from kvwise.engine.hierarchy.loads import Loads
+from kvwise.engine.hierarchy.storing import Storing
 from kvwise.engine.placement.base import Placement
 from kvwise.engine.sequence import Phase, Sequence
 
@@ -32,7 +35,10 @@ class Scheduler:
     running request cannot grow, the latest arrival is preempted: its memory is released and it is computed again.
     """
 
-    def __init__(self, cache: CacheManager, placement: Placement, config: EngineConfig, clock: Clock) -> None:
+    def __init__(
+        self, cache: CacheManager, placement: Placement, config: EngineConfig, clock: Clock,
+        loads: Loads | None = None, storing: Storing | None = None,
+    ) -> None:  # fmt: skip
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -41,6 +47,8 @@ class Scheduler:
         self._placement = placement
         self._config = config
         self._clock = clock
+        self._loads = loads
+        self._storing = storing
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new request."""
@@ -48,16 +56,42 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Choose the sequences of the next step and reserve their memory."""
+        if self._loads is not None:
+            self._look_ahead(self._loads)
+            self._loads.advance()
         num_preempted = self.num_preemptions
         chosen = [Scheduled(s, 1) for s in self._growing()]
         budget = self._config.max_num_batched_tokens - len(chosen)
         for sequence in self.running:
-            if sequence.phase is Phase.PREFILL and budget > 0:
+            if sequence.phase is Phase.PREFILL and budget > 0 and not self._is_loading(sequence):
                 chosen.append(self._chunk(sequence, budget))
                 budget -= chosen[-1].num_tokens
         if self.num_preemptions == num_preempted:
-            chosen += self._admitted(budget)
+            admitted = self._admitted(budget)
+            chosen += admitted
+            budget -= sum(item.num_tokens for item in admitted)
+        return chosen + self._left_over(budget)
+
+    def _is_loading(self, sequence: Sequence) -> bool:
+        return self._loads is not None and self._loads.of(sequence) is not None
+
+    def _left_over(self, budget: int) -> list[Scheduled]:
+        """Prompts that are loaded too get what is left (Cake, arXiv 2410.03065: its own prefill comes last)."""
+        if self._loads is None:
+            return []
+        chosen = []
+        for sequence in [s for s in self.running if self._is_loading(s)]:
+            if budget > 0:
+                allowed = self._loads.limit(sequence, self._chunk(sequence, budget).num_tokens)
+                chosen += [Scheduled(sequence, allowed)] if allowed else []
+                budget -= allowed
         return chosen
+
+    def _look_ahead(self, loads: Loads) -> None:
+        count = loads.method.look_ahead
+        if count:
+            first = [s for s in islice(self.waiting, count) if s.keys is not None]
+            loads.hierarchy.look_ahead({f"{s.request_id}/{s.index}": s.keys.chain for s in first if s.keys})
 
     def _chunk(self, sequence: Sequence, budget: int) -> Scheduled:
         chunked = self._config.enable_chunked_prefill
@@ -87,19 +121,27 @@ class Scheduler:
         """Admit from the queue, in order, while there is room and budget; their memory is reserved."""
         admitted: list[Scheduled] = []
         held: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+        while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
             match = self._match(sequence)
+            if budget <= 0 and not self._would_load(sequence, match):
+                self.waiting.appendleft(sequence)
+                break
             if match.num_pending:
                 held.append(sequence)  # a running prefill is about to publish its next block: wait for it
             elif self._admit(sequence, match):
-                admitted.append(self._chunk(sequence, budget))
-                budget -= admitted[-1].num_tokens
+                if not self._is_loading(sequence):
+                    admitted.append(self._chunk(sequence, budget))
+                    budget -= admitted[-1].num_tokens
             else:
                 self.waiting.appendleft(sequence)
                 break
         self.waiting.extendleft(reversed(held))
         return admitted
+
+    def _would_load(self, sequence: Sequence, match: Match) -> bool:
+        """Bytes can be on their way while there is no budget to compute."""
+        return self._loads is not None and bool(self._loads.find(sequence, match.num_tokens))
 
     def _match(self, sequence: Sequence) -> Match:
         assert sequence.keys is not None
@@ -109,15 +151,22 @@ class Scheduler:
         assert sequence.keys is not None
         if not self._placement.admit(sequence):
             return False
-        row = self._cache.admit_with_room(match, sequence.keys, len(sequence.tokens))
+        # Looked up before the row announces its blocks, and before making room pushes anything out.
+        stored = [] if self._loads is None else self._loads.find(sequence, match.num_tokens)
+        row = self._cache.admit_with_room(match, sequence.keys, len(sequence.tokens), terms=sequence.terms)
         if row is None:
             self._placement.release(sequence)
             return False
         sequence.row = row
         sequence.num_computed = match.num_tokens
         sequence.phase = Phase.PREFILL
+        sequence.num_offered = 0
         self._note_admission(sequence, match)
         self.running.append(sequence)
+        if self._storing is not None:
+            self._storing.offer_full([sequence])  # blocks it found on the device may be due to go down by now
+        if self._loads is not None:
+            self._loads.begin(sequence, stored)
         return True
 
     def _note_admission(self, sequence: Sequence, match: Match) -> None:
@@ -142,8 +191,17 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
+    def start_over(self, sequence: Sequence) -> None:
+        """What was loaded for a running request turned out bad after it was used: it is computed from the start."""
+        sequence.declines_loading = True
+        self.preempt(sequence)
+
     def release(self, sequence: Sequence) -> None:
         """Give back all memory of a running sequence and take it off the running list."""
+        if self._storing is not None:
+            self._storing.offer_rest(sequence)
+        if self._loads is not None:
+            self._loads.cancel(sequence)
         self._placement.release(sequence)
         sequence.settled = False
         if sequence.row is not None:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from kvwise.cache.identity import PrefixKeys
+from kvwise.cache.terms import NO_LIMIT, Terms
 from kvwise.core.output import Attestation, FinishReason, RequestMetrics, TokenLogprob
 from kvwise.core.params import SamplingParams
 from kvwise.engine.sampler import SequenceSampler
@@ -48,6 +49,10 @@ class Sequence:
     row: int | None = None
     num_computed: int = 0
     settled: bool = False
+    terms: Terms = NO_LIMIT  # under which its blocks are kept, here and below
+    num_offered: int = 0  # leading blocks that were considered for storing below
+    declines_loading: bool = False  # what was loaded for it turned out bad: it computes
+    ttft_target_s: float | None = None
     keys: PrefixKeys | None = None
     siblings: "list[Sequence]" = field(default_factory=list)  # samples that fork from this one after its prefill
     logprobs: list[TokenLogprob] = field(default_factory=list)

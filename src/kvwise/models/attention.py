@@ -5,7 +5,7 @@ head, or partly in another tier. Each part stores its new keys and values and an
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,10 +42,13 @@ class StepBatch:
 
     `sound` bool [T], once the last layer has attended: whether a token's KV is made of finite numbers. What goes
     wrong in an earlier layer reaches the token's keys, values or answer in the last one through the residual stream.
+
+    `gates`: called with each layer's number before the layer reads any KV; they wait for KV that is still on its way.
     """
 
-    def __init__(self, parts: Sequence[Part], num_layers: int) -> None:
+    def __init__(self, parts: Sequence[Part], num_layers: int, gates: Sequence[Callable[[int], object]] = ()) -> None:
         self.parts = parts
+        self._gates = gates
         self.sound: Tensor | None = None
         self._last_layer = num_layers - 1
 
@@ -54,6 +57,8 @@ class StepBatch:
         softcap: float | None,
     ) -> Tensor:  # fmt: skip
         """Answer the queries of all parts: [T, Hq, D] in, [T, Hq, D] out."""
+        for gate in self._gates:
+            gate(layer)
         outs = [
             part.attend(
                 layer, queries[part.rows], keys[part.rows], values[part.rows],

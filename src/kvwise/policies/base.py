@@ -20,14 +20,18 @@ class ReplacementPolicy(Protocol):
     * *resident*: between `insert` and `victims`/`remove`. A resident block starts held.
     * *held*: referenced or pinned; it must not be a victim. *Offered*: it may be.
 
-    The manager promises: blocks of one call are distinct; `insert` only of absent, `offer` only of held,
-    `hold` only of offered, `touch` and `remove` only of resident blocks. The policy promises: `victims` names
-    only offered blocks, as many as asked while there are as many, and `len()` counts the offered ones
-    exactly. Every call is at most O(blocks named) amortised, and keeps its state in arrays: no object per
-    block.
+    The manager promises: blocks of one call are distinct; `insert` only of absent, `offer` and `touch` only of held,
+    `hold` only of offered, `remove` only of resident blocks. The policy promises: `victims` names only offered blocks,
+    as many as asked while there are as many, and `len()` counts the offered ones exactly. Every call is at most
+    O(blocks named) amortised (a heap may add a logarithm), and keeps its state in arrays: no object per block where an
+    array does.
+
+    `newest_last`: while nothing is touched, every new block leaves after all that were resident when it came. So a run
+    of insertions may choose its victims in one call, with the same outcome as one by one.
     """
 
     name: str
+    newest_last: bool
 
     def __init__(self, num_blocks: int) -> None:
         """Make an empty policy over `num_blocks` block ids."""

@@ -10,7 +10,7 @@ from kvwise.core.errors import UsageError
 from kvwise.policies.base import ReplacementPolicy
 
 ENTRY_POINTS = "kvwise.policies"
-_NO_POLICIES = frozenset({"base", "catalogue"})
+_NO_POLICIES = frozenset({"base", "catalogue", "queues"})
 
 
 def policies() -> Mapping[str, type[ReplacementPolicy]]:

@@ -16,6 +16,7 @@ class LRU:
     """
 
     name = "lru"
+    newest_last = True
 
     def __init__(self, num_blocks: int) -> None:
         self._log: Blocks = np.zeros(2 * num_blocks + 1, np.int64)

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from kvwise.core.config import parse_bytes, parse_link
 from kvwise.core.errors import PlanError, UsageError
+from kvwise.core.sizes import parse_bytes, parse_link
 from kvwise.study.lengths import Lengths
 from kvwise.study.quality_section import Budget, Context, Quality, check_quality
 from kvwise.study.strict import Strict, read_table

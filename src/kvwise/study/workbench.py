@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvwise.core.clock import Clock, MonotonicClock
-from kvwise.core.config import EngineConfig, parse_bytes
+from kvwise.core.config import EngineConfig
 from kvwise.core.errors import PlanError, RequestError, TaskError
 from kvwise.core.method import Axis
 from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
+from kvwise.core.sizes import parse_bytes
 from kvwise.engine.engine import Engine
 from kvwise.engine.placement.choose import LINKS
 from kvwise.engine.sizing import kv_dtype

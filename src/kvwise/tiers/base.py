@@ -50,6 +50,7 @@ class ByteStore(Protocol):
 
     name: str
     persistent: bool  # whether records outlive this process
+    wipes: bool  # whether `delete(wipe=True)` overwrites the bytes; where not, a purge must say that it only deleted
 
     def write(self, records: Sequence[tuple[bytes, Sequence[Buffer]]]) -> list[Fault | None]:
         """Keep each (key, pieces of the record in order); None where it is kept. A key that is there is replaced."""

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from kvwise.core.clock import Clock, MonotonicClock
+from kvwise.tiers.pace import Pace
 
 T = TypeVar("T")
 
@@ -25,19 +26,15 @@ class Link:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.name = name
-        self.bytes_per_second = bytes_per_second
-        self.num_bytes = 0
+        self.num_bytes = 0  # of the transfers begun
         self._clock = clock or MonotonicClock()
-        self._sleep = sleep
-        self._free_at = 0.0
+        self._pace = Pace(name, bytes_per_second, self._clock, sleep)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=f"kvwise-{name.replace(':', '-')}")
 
     @property
     def label(self) -> str:
         """Name and speed, for every output that shows figures which depend on it."""
-        if self.bytes_per_second is None:
-            return f"{self.name} (not throttled)"
-        return f"{self.name} throttled to {self.bytes_per_second / 1e9:g} GB/s"
+        return self._pace.label
 
     def begin(self, transfer: Callable[[], T], num_bytes: int) -> "Future[T]":
         """Start a transfer of `num_bytes` bytes; the future ends when the bytes have arrived."""
@@ -47,11 +44,7 @@ class Link:
     def _run(self, transfer: Callable[[], T], num_bytes: int) -> T:
         started = self._clock.now()
         result = transfer()
-        if self.bytes_per_second is not None:
-            self._free_at = max(self._free_at, started) + num_bytes / self.bytes_per_second
-            wait = self._free_at - self._clock.now()
-            if wait > 0:
-                self._sleep(wait)
+        self._pace.charge(num_bytes, started)
         return result
 
     def close(self) -> None:

@@ -14,7 +14,8 @@ version is told apart by itself. Segments are checked one by one, so that a laye
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
+from functools import lru_cache
+from math import inf, isnan
 
 from xxhash import xxh3_128, xxh3_128_digest
 
@@ -23,8 +24,11 @@ from kvwise.tiers.base import Buffer, Fault, FaultKind
 MAGIC = b"KVWISE\x00\x01"
 ALIGNMENT = 64
 _FIXED = struct.Struct("<8sIHHQ32s32s32s64s16s16sdddI")
+_START = struct.Struct("<8sIH")  # the first three of them
 _SEGMENT = struct.Struct("<Q16s")
 _DIGEST_BYTES = 16
+_CODEC_BYTES = 64
+_NAME_BYTES = 3 * 32 + 2 * 16  # key, parent, identity, tenant, session
 _MAX_SEGMENTS = 1024
 _MAX_RECORD_BYTES = 1 << 34
 NO_TAG = bytes(16)  # the record belongs to no tenant, or to no session
@@ -75,6 +79,11 @@ def header_bytes(num_segments: int) -> int:
     return _padded(_FIXED.size + num_segments * _SEGMENT.size + _DIGEST_BYTES)
 
 
+def record_bytes(segment_lengths: Sequence[int]) -> int:
+    """Bytes of a record whose segments have these lengths."""
+    return header_bytes(len(segment_lengths)) + sum(_padded(length) for length in segment_lengths)
+
+
 def seal(header: Header, segments: Sequence[Sequence[Buffer]]) -> list[Buffer]:
     """The pieces of a record, in order: header, segments (each given in pieces itself), paddings. Copies nothing.
 
@@ -87,41 +96,69 @@ def seal(header: Header, segments: Sequence[Sequence[Buffer]]) -> list[Buffer]:
 
 def pack_header(header: Header, table: Sequence[tuple[int, bytes]]) -> bytes:
     """The header's bytes, for segments whose lengths and digests are known."""
-    size = header_bytes(len(table))
-    record_bytes = size + sum(_padded(length) for length, _ in table)
-    fixed = _FIXED.pack(
-        MAGIC, size, len(table), header.num_tokens, record_bytes, header.key, header.parent, header.identity,
-        header.codec.encode("ascii"), header.tenant, header.session, header.stored_at, header.expires_at,
-        header.idle_s, header.depth,
-    )  # fmt: skip
+    fixed = pack_fixed(header, len(table), record_bytes([length for length, _ in table]))
     body = fixed + b"".join(_SEGMENT.pack(length, digest) for length, digest in table)
-    return (body + xxh3_128_digest(body)).ljust(size, b"\x00")
+    return (body + xxh3_128_digest(body)).ljust(header_bytes(len(table)), b"\x00")
+
+
+def pack_fixed(header: Header, num_segments: int, num_bytes: int) -> bytes:
+    """The header's bytes before the table, of a record of `num_bytes`. ValueError for what could not be read back."""
+    key, parent, identity = header.key, header.parent, header.identity
+    if len(key) + len(parent) + len(identity) + len(header.tenant) + len(header.session) != _NAME_BYTES:
+        raise ValueError("key, parent and identity have 32 bytes each, tenant and session 16")
+    if not 0 < num_segments <= _MAX_SEGMENTS or num_bytes > _MAX_RECORD_BYTES:
+        raise ValueError(f"a record has 1 to {_MAX_SEGMENTS} segments and at most {_MAX_RECORD_BYTES} bytes")
+    return _FIXED.pack(
+        MAGIC, header_bytes(num_segments), num_segments, header.num_tokens, num_bytes, key, parent, identity,
+        pack_codec(header.codec), header.tenant, header.session, header.stored_at, header.expires_at, header.idle_s,
+        header.depth,
+    )  # fmt: skip
+
+
+@lru_cache(64)
+def pack_codec(codec: str) -> bytes:
+    """The header's field for a codec and level, 64 bytes. ValueError for a spec that does not fit into it."""
+    if len(codec) > _CODEC_BYTES or not codec.isascii():
+        raise ValueError(f"a codec is printed in at most {_CODEC_BYTES} ASCII characters, not as {codec!r}")
+    return codec.encode("ascii").ljust(_CODEC_BYTES, b"\x00")
 
 
 def read_header(view: Buffer) -> Header | Fault:
     """The header at the start of `view`, if every byte of it (padding included) is as it was written."""
-    data = memoryview(view).cast("B")
-    if len(data) < _FIXED.size:
-        return Fault(FaultKind.CORRUPT, f"{len(data)} bytes are less than a header")
-    (magic, size, count, num_tokens, record_bytes, key, parent, identity, codec, tenant, session, stored_at,
-     expires_at, idle_s, depth) = _FIXED.unpack_from(data)  # fmt: skip
+    # A copy: where another thread may reuse the memory, what was checked must be what is read.
+    data = _copy_header(memoryview(view).cast("B"))
+    if isinstance(data, Fault):
+        return data
+    (_, size, count, num_tokens, num_bytes, key, parent, identity, codec, tenant, session, stored_at, expires_at,
+     idle_s, depth) = _FIXED.unpack_from(data)  # fmt: skip
+    end = _FIXED.size + count * _SEGMENT.size
+    if data[end:] != xxh3_128_digest(data[:end]).ljust(size - end, b"\x00"):
+        return Fault(FaultKind.CORRUPT, "the header's checksum is wrong")
+    codec = codec.rstrip(b"\x00")
+    if not codec.isascii() or isnan(stored_at + expires_at) or isnan(idle_s):  # a checksum can be forged
+        return Fault(FaultKind.CORRUPT, "a field of the header has no meaning")
+    segments = tuple(_SEGMENT.iter_unpack(data[_FIXED.size : end]))
+    header = Header(
+        key, parent, identity, codec.decode("ascii"), num_tokens, depth, stored_at, expires_at, idle_s, tenant,
+        session, segments,
+    )  # fmt: skip
+    if num_bytes > _MAX_RECORD_BYTES or header.record_bytes != num_bytes:
+        return Fault(FaultKind.CORRUPT, f"segments do not add up to {num_bytes} bytes")
+    return header
+
+
+def _copy_header(data: memoryview) -> bytes | Fault:
+    """The bytes of a header of a known format and a possible size."""
+    fixed = bytes(data[: _FIXED.size])
+    if len(fixed) < _FIXED.size:
+        return Fault(FaultKind.CORRUPT, f"{len(fixed)} bytes are less than a header")
+    magic, size, count = _START.unpack_from(fixed)
     if magic != MAGIC:
         known = magic[:7] == MAGIC[:7]
         return Fault(FaultKind.FOREIGN, f"format {magic[7]}") if known else Fault(FaultKind.CORRUPT, "no record")
     if not 0 < count <= _MAX_SEGMENTS or size != header_bytes(count) or len(data) < size:
         return Fault(FaultKind.CORRUPT, f"header of {size} bytes for {count} segments, {len(data)} there")
-    end = _FIXED.size + count * _SEGMENT.size
-    digest, padding = data[end : end + _DIGEST_BYTES], data[end + _DIGEST_BYTES : size]
-    if xxh3_128_digest(data[:end]) != digest or any(padding):
-        return Fault(FaultKind.CORRUPT, "the header's checksum is wrong")
-    segments = tuple(_SEGMENT.iter_unpack(data[_FIXED.size : end]))
-    header = Header(
-        key, parent, identity, codec.rstrip(b"\x00").decode("ascii"), num_tokens, depth, stored_at, expires_at,
-        idle_s, tenant, session, segments,
-    )  # fmt: skip
-    if header.record_bytes != record_bytes or record_bytes > _MAX_RECORD_BYTES:
-        return Fault(FaultKind.CORRUPT, f"segments do not add up to {record_bytes} bytes")
-    return header
+    return fixed + bytes(data[_FIXED.size : size])
 
 
 def refuse(header: Header, key: bytes, identity: bytes, codec: str) -> Fault | None:
@@ -148,26 +185,38 @@ def check_segment(header: Header, index: int, data: Buffer) -> Fault | None:
 
 
 def open_record(view: Buffer, key: bytes, identity: bytes, codec: str) -> tuple[Header, list[memoryview]] | Fault:
-    """Header and verified segments of a whole record, or why it must not be used."""
+    """Header and verified segments of a whole record, or why it must not be used.
+
+    The segments are views: if another thread may write to `view`, they are worth nothing (see `blocks.py` for that).
+    """
     data = memoryview(view).cast("B")
     header = read_header(data)
     if isinstance(header, Fault):
         return header
     if fault := refuse(header, key, identity, codec):
         return fault
+    segments = cut(data, header)
+    if isinstance(segments, Fault):
+        return segments
+    for index, segment in enumerate(segments):
+        if fault := check_segment(header, index, segment):
+            return fault
+    return header, segments
+
+
+def cut(view: Buffer, header: Header) -> list[memoryview] | Fault:
+    """The segments of a whole record, not verified yet; only lengths and paddings are."""
+    data = memoryview(view).cast("B")
     if len(data) != header.record_bytes:
         return Fault(FaultKind.CORRUPT, f"{len(data)} of {header.record_bytes} bytes")
     segments = []
     position = header.header_bytes
     for index, (length, _) in enumerate(header.segments):
-        segment = data[position : position + length]
+        segments.append(data[position : position + length])
         position += _padded(length)
-        if any(data[position - (_padded(length) - length) : position]):
+        if any(data[position - -length % ALIGNMENT : position]):
             return Fault(FaultKind.CORRUPT, f"segment {index}: padding is not empty")
-        if fault := check_segment(header, index, segment):
-            return fault
-        segments.append(segment)
-    return header, segments
+    return segments
 
 
 def _padded(length: int) -> int:

@@ -11,7 +11,10 @@ from kvwise.core.config import EngineConfig
 from kvwise.core.errors import UnsupportedModel, UsageError
 from kvwise.core.layout import KVLayout
 from kvwise.core.strategy import Strategy
-from kvwise.engine.calibrate import calibrate
+from kvwise.engine.calibrate import calibrate, sample_blocks
+from kvwise.engine.hierarchy.build import link_names, make_hierarchy
+from kvwise.engine.hierarchy.hierarchy import Hierarchy
+from kvwise.engine.hierarchy.loads import Loads
 from kvwise.engine.placement.base import Placement
 from kvwise.engine.placement.blocks import BlockPlacement
 from kvwise.engine.placement.pages import PagePlacement
@@ -21,11 +24,14 @@ from kvwise.engine.placement.recall_tiers import RecallTiers
 from kvwise.engine.sizing import kv_dtype, max_model_len, num_device_blocks, num_host_blocks
 from kvwise.kernels import kernels_for
 from kvwise.kernels.base import Kernels
+from kvwise.methods.loading.base import Loading
 from kvwise.methods.retention.base import Retention
 from kvwise.methods.selection.base import IndexShape, Selection
 from kvwise.models.loaded import LoadedModel
 from kvwise.policies.lru import LRU
 from kvwise.tiers.arena import Arena, block_bytes
+from kvwise.tiers.codec.base import Codec
+from kvwise.tiers.codec.catalogue import make_codec
 from kvwise.tiers.link import Link
 
 LINKS = ("host:device", "device:host")
@@ -40,24 +46,30 @@ class Memory:
     arena: Arena
     kernels: Kernels
     placement: Placement
+    loads: Loads | None = None  # the tiers below, if there are any
+
+    @property
+    def hierarchy(self) -> Hierarchy | None:
+        """The tiers below the device."""
+        return None if self.loads is None else self.loads.hierarchy
 
 
 def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, clock: Clock) -> Memory:
     """Size and allocate the device pool, and whatever the strategy needs beside it."""
-    unknown = sorted(set(config.links) - set(LINKS))
-    if unknown:
-        raise UsageError(f"no link is called {unknown[0]!r}; links: {', '.join(LINKS)}")
+    _check_tiers(strategy, config)
     dtype = kv_dtype(loaded, config)
     layout = KVLayout(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, config.block_size, dtype.itemsize)
-    retention, selection = strategy.retention, strategy.selection
-    assert isinstance(retention, Retention) and isinstance(selection, Selection)
+    retention, selection, loading = strategy.retention, strategy.selection, strategy.loading
+    assert isinstance(retention, Retention) and isinstance(selection, Selection) and isinstance(loading, Loading)
     limited = retention.capacity(1) is not None
     columns = (["positions"] if limited else []) + (["mass"] if limited and retention.needs_mass else [])
     num_blocks = num_device_blocks(loaded, config, layout, block_bytes(layout, columns))
     arena = Arena(layout, num_blocks, dtype, loaded.device, columns)
     sharing = strategy.reuse.name == "prefix"
-    cache = _manager(loaded, config, layout, num_blocks, clock, dtype, sharing=sharing)
     kernels = kernels_for(loaded.device, config.kernels)
+    codec = _codec(loaded, loading, layout, kernels)
+    identity = _identity(loaded, layout, dtype, codec)
+    cache = _manager(loaded, config, layout, num_blocks, clock, identity, sharing=sharing)
     placement: Placement
     if limited:
         placement = PagePlacement(retention, cache, arena, kernels, config.max_num_seqs)
@@ -65,14 +77,48 @@ def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, c
         placement = _recall(loaded, selection, config, layout, dtype, clock, cache, arena, kernels)
     else:
         placement = BlockPlacement()
-    return Memory(layout, cache, arena, kernels, placement)
+    loads = None if codec is None else _loads(loading, config, clock, cache, arena, codec, identity)
+    return Memory(layout, cache, arena, kernels, placement, loads)
 
 
-def _manager(
-    loaded: LoadedModel, config: EngineConfig, layout: KVLayout, num_blocks: int, clock: Clock, dtype: torch.dtype,
-    *, sharing: bool,
-) -> CacheManager:  # fmt: skip
-    identity = Identity(
+def _check_tiers(strategy: Strategy, config: EngineConfig) -> None:
+    """Links that exist, and tiers together with a method that uses them."""
+    assert isinstance(strategy.loading, Loading)
+    known = sorted({*LINKS, *link_names(config.tiers)})
+    unknown = sorted(set(config.links) - set(known))
+    if unknown:
+        raise UsageError(f"no link is called {unknown[0]!r}; links: {', '.join(known)}")
+    if config.tiers and strategy.loading.codec is None:
+        raise UsageError(
+            f"tiers are given, but {strategy.loading.name} loads nothing: name a loading method in the strategy, "
+            f"such as {strategy}+load"
+        )
+    if not config.tiers and strategy.loading.codec is not None:
+        raise UsageError(
+            f"{strategy.loading.name} loads from tiers, and none is given: add one, such as host(size=1GiB)"
+        )
+
+
+def _codec(loaded: LoadedModel, loading: Loading, layout: KVLayout, kernels: Kernels) -> Codec | None:
+    if loading.codec is None:
+        return None
+    return make_codec(loading.codec, layout=layout, sample=lambda: sample_blocks(loaded, layout, kernels))
+
+
+def _loads(
+    loading: Loading, config: EngineConfig, clock: Clock, cache: CacheManager, arena: Arena, codec: Codec,
+    identity: Identity,
+) -> Loads:  # fmt: skip
+    hierarchy = make_hierarchy(config, codec, arena, cache, identity, clock)
+    return Loads(
+        loading, hierarchy, cache, arena, clock,
+        step_tokens=config.max_num_batched_tokens, deadline_s=config.tier_deadline_s,
+    )  # fmt: skip
+
+
+def _identity(loaded: LoadedModel, layout: KVLayout, dtype: torch.dtype, codec: Codec | None = None) -> Identity:
+    """What the bytes of a block depend on. KV that may have been through a lossy codec is another thing."""
+    return Identity(
         model=loaded.name,
         revision=loaded.revision,
         dtype=f"{loaded.dtype}/{dtype}",
@@ -81,7 +127,14 @@ def _manager(
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
         positions="absolute",
+        encoding="native" if codec is None or codec.lossless else "native, at rest as " + " or ".join(codec.levels),
     )
+
+
+def _manager(
+    loaded: LoadedModel, config: EngineConfig, layout: KVLayout, num_blocks: int, clock: Clock, identity: Identity,
+    *, sharing: bool,
+) -> CacheManager:  # fmt: skip
     return CacheManager(
         num_blocks=num_blocks,
         pages_per_block=layout.pages_per_block,
@@ -124,5 +177,5 @@ def _recall(
         store_link=Link("device:host", config.links.get("device:host")),
     )
     recall = Recall(selection, index, tiers, loaded.layers, config.audit)
-    host_cache = _manager(loaded, config, layout, num_blocks, clock, dtype, sharing=False)
+    host_cache = _manager(loaded, config, layout, num_blocks, clock, _identity(loaded, layout, dtype), sharing=False)
     return RecallPlacement(recall, cache, host_cache)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvwise.core.method import Axis, Method
+from kvwise.core.method import Axis, Method, Trait
 
 
 @dataclass(frozen=True)
@@ -14,4 +14,5 @@ class NoReuse(Method):
     axis: ClassVar[Axis] = Axis.REUSE
     idea: ClassVar[str] = "compute everything"
     paper: ClassVar[str] = "-"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NO_PREFIX_KEYS})
     default: ClassVar[bool] = True

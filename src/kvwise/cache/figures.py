@@ -1,0 +1,64 @@
+"""Figures of the device pool: what is where, what was evicted, why prompts missed."""
+
+from collections.abc import Mapping
+
+from kvwise.cache.events import Event
+from kvwise.cache.misses import MissReason
+from kvwise.cache.pool import BlockPool
+from kvwise.cache.store import BlockStore
+from kvwise.cache.tables import SequenceTables
+from kvwise.cache.values import Usage
+
+
+class Figures:
+    """The part of `CacheManager` that only reads."""
+
+    _pool: BlockPool
+    _store: BlockStore
+    _rows: SequenceTables
+
+    @property
+    def num_available(self) -> int:
+        """Whole blocks that a reserve could get now: free, or cached and evictable."""
+        return self._store.num_available
+
+    @property
+    def num_evicted(self) -> int:
+        """Blocks evicted since the start."""
+        return self._store.num_evicted
+
+    @property
+    def miss_counts(self) -> Mapping[MissReason, int]:
+        """Admitted requests by what stopped their run of hits."""
+        return dict(self._store.ledger.counts)
+
+    @property
+    def num_lost_events(self) -> int:
+        """Events that fell out of the full log before anybody drained it."""
+        return self._store.events.num_lost
+
+    def drain_events(self) -> list[Event]:
+        """Return and forget the logged events, oldest first."""
+        return self._store.events.drain()
+
+    def tenant_blocks(self, tenant: str) -> int:
+        """Published blocks of the tenant; counted only where there are quotas."""
+        return self._store.quotas.used[tenant]
+
+    def usage(self) -> Usage:
+        """Where the blocks and pages are; O(1)."""
+        pool = self._pool
+        taken = pool.num_blocks - pool.num_free
+        return Usage(
+            num_blocks=pool.num_blocks,
+            num_free=pool.num_free,
+            num_cached=self._store.num_idle,
+            num_referenced=taken - self._store.num_idle - pool.num_broken,
+            num_broken=pool.num_broken,
+            num_pages=pool.num_blocks * pool.pages_per_block,
+            num_pages_used=taken * pool.pages_per_block - pool.num_loose,
+            num_pages_loose=pool.num_loose,
+            num_pinned=self._store.lifecycle.num_pinned,
+            num_sequences=self._rows.num_live,
+            num_held=self._store.num_held,
+        )

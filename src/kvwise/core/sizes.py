@@ -1,0 +1,46 @@
+"""Sizes and speeds as people write them."""
+
+import re
+
+from kvwise.core.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as `512MiB`, `2GB`, `1.5g` or `1048576`."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    if match is None or match[2].lower() not in _UNITS:
+        raise UsageError(f"{text!r} is no size; write a number with a unit, such as 512MiB or 2GB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_link(text: str) -> tuple[str, float]:
+    """Read a link throttle such as `host:device=12GB/s` or `host:disk=25Gbps` -> (link, bytes per second)."""
+    match = re.fullmatch(r"([a-z]+:[a-z]+)=([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(b/s|bps)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{text!r} is no link; write link=speed, such as host:device=12GB/s or host:disk=25Gbps")
+    # A lower-case b in "bps" is bits, as network links are sold; "B/s" is bytes.
+    bits = 8 if match[4].lower() == "bps" else 1
+    speed = float(match[2]) * _UNITS[match[3].lower()] / bits
+    if speed <= 0:
+        raise UsageError(f"link {match[1]}: speed {match[2]} must be above 0")
+    return match[1], speed
+
+
+def show_bytes(num_bytes: int) -> str:
+    """A size that `parse_bytes` reads back exactly, in the largest unit that divides it: `4GiB`."""
+    for unit, amount in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes and num_bytes % amount == 0:
+            return f"{num_bytes // amount}{unit}"
+    return str(num_bytes)

@@ -1,0 +1,232 @@
+"""How a block goes from an arena to a record and back: a codec's segments, sealed and checked.
+
+Raw blocks are copied and checked in one pass (`fused.py`), many at once. Nothing here believes the memory that a record
+lies in: what is checked is a private copy, or what has arrived in the arena. So that memory may be reused meanwhile.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import groupby
+from typing import overload
+
+import numpy as np
+from torch import Tensor
+
+from kvwise.tiers.base import Buffer, Extent, Fault, FaultKind
+from kvwise.tiers.codec.base import Codec
+from kvwise.tiers.codec.raw import Raw
+from kvwise.tiers.fused import Shape, Wanted, copier
+from kvwise.tiers.record import Header, cut, read_header, refuse, seal
+from kvwise.tiers.scratch import Scratch
+
+_scratch = Scratch()
+
+
+class RawRecord(Sequence[Buffer]):
+    """The record of a raw block that still lies in its arena only: its pieces, or `write_raw` puts it into its place.
+
+    The block must not change until it is written: the digests are made when they are first needed.
+    """
+
+    def __init__(self, header: Header, shape: Shape, addresses: tuple[int, int], arena: tuple[Tensor, Tensor, int]):
+        self.header = header
+        self.shape = shape
+        self.addresses = addresses  # of layer 0's keys and values
+        self._arena = arena  # keys, values, and the block's number in them
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole record; needs no digests."""
+        return self.shape.record_bytes
+
+    @cached_property
+    def pieces(self) -> list[Buffer]:
+        """Header, views of the tensors, paddings."""
+        keys, values, block = self._arena
+        return seal(self.header, Raw().encode(keys[block], values[block]))
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __iter__(self) -> Iterator[Buffer]:
+        return iter(self.pieces)
+
+    @overload
+    def __getitem__(self, index: int) -> Buffer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Buffer]: ...
+    def __getitem__(self, index: int | slice) -> Buffer | Sequence[Buffer]:
+        return self.pieces[index]
+
+
+def seal_block(codec: Codec, level: int, header: Header, keys: Tensor, values: Tensor) -> Sequence[Buffer]:
+    """The pieces of the record of one block: keys, values [L, H, block_size, D]. See `seal_blocks`."""
+    return seal_blocks(codec, level, [header], keys[None], values[None], [0])[0]
+
+
+def seal_blocks(
+    codec: Codec, level: int, headers: Sequence[Header], keys: Tensor, values: Tensor, blocks: Sequence[int]
+) -> list[Sequence[Buffer]]:
+    """The pieces of the record of each of `blocks`, numbers in an arena keys, values [N, L, H, block_size, D].
+
+    Headers are without segments, `codec` in them is that of the level. A raw record copies nothing and is not even
+    digested until somebody looks at it: its block must stay as it is until the record is written.
+    """
+    if any(header.codec != codec.levels[level] for header in headers):
+        raise ValueError(f"a header names another codec than {codec.levels[level]!r}")
+    if isinstance(codec, Raw):  # its segments are the tensors' own bytes: nothing to encode
+        shape, addresses = _shape(keys, values), _addresses(keys, values, blocks)
+        return [
+            RawRecord(header, shape, where, (keys, values, block))
+            for header, where, block in zip(headers, addresses, blocks, strict=True)
+        ]
+    return [
+        seal(header, codec.encode(keys[block], values[block], level))
+        for header, block in zip(headers, blocks, strict=True)
+    ]
+
+
+def write_raw(records: Sequence[RawRecord], targets: Sequence[memoryview], num_threads: int = 1) -> None:
+    """Write each record into its target of `num_bytes` bytes, copied and digested in one pass over `num_threads`."""
+    for shape, run in groupby(zip(records, targets, strict=True), lambda pair: pair[0].shape):
+        pairs = list(run)
+        keys, values = zip(*(record.addresses for record, _ in pairs), strict=True)
+        headers, places = [record.header for record, _ in pairs], [target for _, target in pairs]
+        copier(None, num_threads).seal(shape, headers, list(keys), list(values), places)
+
+
+def restore_block(
+    view: Buffer, key: bytes, identity: bytes, codec: Codec, level: int, keys_out: Tensor, values_out: Tensor
+) -> Header | Fault:
+    """Verify a record and write its block into keys_out, values_out [L, H, block_size, D].
+
+    On a fault the outputs may hold rubbish. The last three dimensions of the outputs are contiguous.
+    """
+    header = read_header(view)
+    if isinstance(header, Fault):
+        return header
+    if fault := refuse(header, key, identity, codec.levels[level]):
+        return fault
+    if isinstance(codec, Raw):
+        data, out = memoryview(view).cast("B"), (keys_out[None], values_out[None])
+        if _open([data], Wanted([key], identity, header.codec), *out, [0])[0]:
+            return header
+    segments = cut(view, header)
+    if isinstance(segments, Fault):
+        return segments
+    if len(segments) != len(keys_out):
+        return Fault(FaultKind.CORRUPT, f"{len(segments)} segments for {len(keys_out)} layers")
+    for layer, segment in enumerate(segments):
+        if fault := restore_layer(segment, header, layer, codec, level, keys_out[layer], values_out[layer]):
+            return fault
+    return header
+
+
+def restore_blocks(
+    views: Sequence[memoryview | Fault],
+    wanted: Sequence[bytes],
+    identity: bytes,
+    codec: Codec,
+    level: int,
+    keys_out: Tensor,
+    values_out: Tensor,
+    blocks: Sequence[int],
+    num_threads: int = 1,
+) -> list[Fault | None]:
+    """Verify what a store has read, and write it into `blocks` of an arena [N, L, H, block_size, D].
+
+    `wanted` are the keys asked for. Faults of the store are handed on; a block with a fault may hold rubbish.
+    """
+    found: list[Fault | None] = [view if isinstance(view, Fault) else None for view in views]
+    left = [index for index, view in enumerate(views) if not isinstance(view, Fault)]
+    if isinstance(codec, Raw) and left:
+        records = [view for view in views if not isinstance(view, Fault)]
+        asked = Wanted([wanted[index] for index in left], identity, codec.levels[level])
+        sound = _open(records, asked, keys_out, values_out, [blocks[index] for index in left], num_threads)
+        left = [index for index, good in zip(left, sound, strict=True) if not good]
+    for index in left:  # raw ones again, slowly, to tell what is wrong with them
+        view, block = views[index], blocks[index]
+        if not isinstance(view, Fault):
+            out = keys_out[block], values_out[block]
+            restored = restore_block(view, wanted[index], identity, codec, level, *out)
+            found[index] = restored if isinstance(restored, Fault) else None
+    return found
+
+
+def _open(
+    records: list[memoryview], wanted: Wanted, keys: Tensor, values: Tensor, blocks: list[int], num_threads: int = 1
+) -> list[bool]:
+    """Whether each record was a sound raw one, the one wanted, and is now in its block of the arena."""
+    key_places, value_places = zip(*_addresses(keys, values, blocks), strict=True)
+    shape = _shape(keys, values)
+    return copier(None, num_threads).open(shape, wanted, records, list(key_places), list(value_places))
+
+
+def layer_extent(header: Header, layer: int) -> Extent:
+    """What to read of a record to get one layer of it, for `restore_layer`."""
+    return Extent(header.key, *header.segment_range(layer))
+
+
+def restore_layer(
+    segment: Buffer, header: Header, layer: int, codec: Codec, level: int, keys_out: Tensor, values_out: Tensor
+) -> Fault | None:
+    """Verify one layer's segment and write it into keys_out, values_out [H, block_size, D], which are contiguous.
+
+    `header` has been verified and is of the codec and level. On a fault the outputs may hold rubbish.
+    """
+    data = memoryview(segment).cast("B")
+    length, digest = header.segments[layer]
+    if len(data) != length:
+        return Fault(FaultKind.CORRUPT, f"segment {layer} has {len(data)} of {length} bytes")
+    if isinstance(codec, Raw):
+        if length != keys_out.nbytes + values_out.nbytes:
+            return Fault(FaultKind.CORRUPT, f"segment {layer} of {length} bytes is not of this shape")
+        return _copy(data, digest, layer, [_place(keys_out), _place(values_out)])
+    _scratch.begin()
+    private = _scratch.place(length)
+    if fault := _copy(data, digest, layer, [(_address(private), length)]):
+        return fault
+    try:
+        codec.decode(private, layer, keys_out, values_out, level)
+    except ValueError as error:
+        return Fault(FaultKind.CORRUPT, f"segment {layer}: {error}")
+    return None
+
+
+def _copy(data: memoryview, digest: bytes, layer: int, places: Sequence[tuple[int, int]]) -> Fault | None:
+    """Copy `data` to (address, bytes) one after another; a fault unless what was copied has the digest."""
+    position, pieces = _address(data), []
+    for target, num_bytes in places:
+        pieces.append((position, target, num_bytes))
+        position += num_bytes
+    if copier().copy(pieces) != digest:
+        return Fault(FaultKind.CORRUPT, f"segment {layer}: the checksum is wrong")
+    return None
+
+
+def _shape(keys: Tensor, values: Tensor) -> Shape:
+    """Of the blocks of an arena [N, L, H, block_size, D]."""
+    layer_bytes = [_place(tensor[0, 0])[1] for tensor in (keys, values)]
+    return Shape(keys.shape[1], *layer_bytes, *(tensor.stride(1) * tensor.itemsize for tensor in (keys, values)))
+
+
+def _addresses(keys: Tensor, values: Tensor, blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Where layer 0 of the keys and of the values of each block lies."""
+    if blocks and not 0 <= min(blocks) <= max(blocks) < min(len(keys), len(values)):
+        raise ValueError(f"blocks {min(blocks)} to {max(blocks)} of an arena of {len(keys)}")
+    key_start, value_start = keys.data_ptr(), values.data_ptr()
+    key_stride, value_stride = keys.stride(0) * keys.itemsize, values.stride(0) * values.itemsize
+    return [(key_start + block * key_stride, value_start + block * value_stride) for block in blocks]
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of a tensor that lies in one run of CPU memory."""
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(
+            f"a layer of a block must be contiguous in CPU memory: {tuple(tensor.shape)} {tensor.stride()}"
+        )
+    return tensor.data_ptr(), tensor.nbytes
+
+
+def _address(data: memoryview) -> int:
+    return int(np.frombuffer(data, np.uint8).ctypes.data) if len(data) else 0
