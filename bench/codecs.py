@@ -162,9 +162,8 @@ def study(name: str, dtype: str, repeats: int, folder: Path) -> list[Row]:
     blocks, sample = (measured[0], measured[1]), (profiled[0], profiled[1])
     layer_bits, block_bits, scale_bits = int4_entropy(blocks)
     gains = distance(blocks[0]), distance(blocks[1])
-    print(
-        f"\n{name} ({layout.num_layers} layers, {layout.num_kv_heads} x {layout.head_dim}, {dtype}, {len(blocks[0])} blocks)"
-    )
+    shape = f"{layout.num_layers} layers, {layout.num_kv_heads} x {layout.head_dim}"
+    print(f"\n{name} ({shape}, {dtype}, {len(blocks[0])} blocks)")
     print(f"distance / centred rms: keys {gains[0]:.2f}, values {gains[1]:.2f}; int4: scales {scale_bits:.2f} bits")
     print(f"{'':52}   bits  codes  entropy (block)   keys  values    enc    dec GB/s fp16")
     rows = []

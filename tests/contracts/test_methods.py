@@ -11,12 +11,15 @@ from kvwise.core.errors import StrategyError, UsageError
 from kvwise.core.method import Axis, Method, Trait
 from kvwise.core.strategy import Strategy, conflict, make_strategy
 from kvwise.methods.catalogue import MethodCatalogue, catalogue, parse
+from kvwise.methods.loading.base import Loading
 from kvwise.methods.retention.base import Retention
 from kvwise.methods.selection.base import Selection
 
 METHODS = list(catalogue())
 CHOSEN = [kind for kind in METHODS if not kind.default]
-BASES = {Axis.RETENTION: Retention, Axis.SELECTION: Selection}
+BASES = {Axis.RETENTION: Retention, Axis.SELECTION: Selection, Axis.LOADING: Loading}
+# What an option refuses where "rubbish" is as good a word as any other: which codecs there are, tiers know.
+RUBBISH = {"codec": "7up"}
 
 
 def text(message: BaseException) -> str:
@@ -27,12 +30,20 @@ def text(message: BaseException) -> str:
     return line
 
 
+def whole(*methods: Any) -> str:
+    """A strategy of these methods (or their texts), with the reuse of prefixes where one of them needs it."""
+    lines = [getattr(method, "name", None) or str(method) for method in methods]
+    kinds = [catalogue().find(line.partition("(")[0]) for line in lines]
+    needed = any(Trait.NEEDS_PREFIX_KEYS in kind.traits for kind in kinds)
+    return "+".join(lines + ["prefix"] * (needed and all(kind.axis is not Axis.REUSE for kind in kinds)))
+
+
 @pytest.mark.parametrize("kind", METHODS, ids=lambda k: k.name)
 class TestEveryMethod:
     def test_is_default_constructible_and_prints_and_parses_back(self, kind: type[Method]) -> None:
         method = kind()
         assert str(method) == kind.name
-        strategy = parse(kind.name)
+        strategy = parse(whole(kind))
         assert getattr(strategy, kind.axis.value) == method
         assert parse(str(strategy)) == strategy
 
@@ -61,7 +72,7 @@ class TestEveryMethod:
             value = other_value(option.default)
             method = kind.build({option.name: value})
             assert f"{option.name}=" in str(method)
-            assert getattr(parse(str(method)), kind.axis.value) == method
+            assert getattr(parse(whole(str(method))), kind.axis.value) == method
 
     def test_wrong_options_are_refused_in_one_line(self, kind: type[Method]) -> None:
         with pytest.raises(StrategyError, match=rf"{kind.name} has no option 'nonsense'") as caught:
@@ -69,7 +80,7 @@ class TestEveryMethod:
         assert all(option.name in text(caught.value) for option in fields(kind))
         for option in fields(kind):
             with pytest.raises(StrategyError, match=option.name):
-                parse(f"{kind.name}({option.name}=rubbish)")
+                parse(f"{kind.name}({option.name}={RUBBISH.get(option.name, 'rubbish')})")
             with pytest.raises(StrategyError, match=f"'{option.name}' is given twice"):
                 parse(f"{kind.name}({option.name}=1, {option.name}=1)")
 
@@ -101,7 +112,9 @@ def other_value(default: Any) -> Any:
         return not default
     if isinstance(default, float):
         return 0.37
-    return (default or 0) + 3
+    if isinstance(default, str):
+        return {"raw": "int8", "paper": "released"}[default]
+    return (default or 0) + 1
 
 
 def test_every_axis_has_exactly_one_default() -> None:
@@ -112,7 +125,9 @@ def test_every_axis_has_exactly_one_default() -> None:
 
 
 def test_the_methods_of_the_study_are_there() -> None:
-    assert {"full", "prefix", "streaming", "h2o", "infinigen"} <= {kind.name for kind in METHODS}
+    names = {kind.name for kind in METHODS}
+    assert {"full", "prefix", "streaming", "h2o", "infinigen"} <= names
+    assert {"compute", "load", "cake", "layerwise", "cachegen"} <= names
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------
@@ -120,16 +135,19 @@ def test_the_methods_of_the_study_are_there() -> None:
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.combinations(CHOSEN, 2)), ids=lambda k: k.name)
 def test_a_pair_is_built_or_refused_with_a_reason_that_names_both(first: type[Method], second: type[Method]) -> None:
-    line = f"{first.name}+{second.name}"
-    reason = conflict(first(), second())
-    assert (reason is None) == (conflict(second(), first()) is None)
+    line = whole(first, second)
+    together = [catalogue().find(name) for name in line.split("+")]
+    clashing = [(a, b) for a, b in itertools.combinations(together, 2) if clash(a.traits, b.traits)]
+    for a, b in itertools.combinations(together, 2):
+        assert (conflict(a(), b()) is None) == (conflict(b(), a()) is None)
+        if a.axis is not b.axis:
+            assert (conflict(a(), b()) is not None) == ((a, b) in clashing)
     if first.axis is second.axis:
         refused = rf"{first.name} and {second.name} both answer '{first.axis}'"
-    elif clash(first.traits, second.traits):
-        assert reason
-        refused = rf"({first.name} and {second.name}|{second.name} and {first.name}) cannot work together: .{{20,}}"
+    elif clashing:
+        pairs = "|".join(f"{a.name} and {b.name}|{b.name} and {a.name}" for a, b in clashing)
+        refused = rf"({pairs}) cannot work together: .{{20,}}"
     else:
-        assert reason is None
         assert parse(str(parse(line))) == parse(line)
         return
     with pytest.raises(StrategyError, match=refused) as caught:
@@ -143,7 +161,17 @@ def clash(first: frozenset[Trait], second: frozenset[Trait]) -> bool:
     ranks_and_skips = (needs_rows & first and Trait.SKIPS_ROWS in second) or (
         needs_rows & second and Trait.SKIPS_ROWS in first
     )
-    return bool(ranks_and_skips) or (Trait.OWNS_PAGES in first and Trait.OWNS_PAGES in second)
+    looks_up_nothing = {Trait.NEEDS_PREFIX_KEYS, Trait.NO_PREFIX_KEYS} <= first | second
+    return bool(ranks_and_skips) or looks_up_nothing or (Trait.OWNS_PAGES in first and Trait.OWNS_PAGES in second)
+
+
+@pytest.mark.parametrize("name", [kind.name for kind in METHODS if Trait.NEEDS_PREFIX_KEYS in kind.traits])
+def test_loading_without_prefixes_is_refused_with_the_way_out(name: str) -> None:
+    for line in (name, f"none+{name}", f"{name}+none", f"streaming+{name}"):
+        with pytest.raises(StrategyError, match=rf"none and {name} cannot work together: .*add '\+prefix'") as caught:
+            parse(line)
+        assert "the first" not in text(caught.value)
+    assert parse(f"{name}+prefix") == parse(f"prefix+{name}")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +192,12 @@ def clash(first: frozenset[Trait], second: frozenset[Trait]) -> bool:
         ("random+topk", False),
         ("full+prefix", True),
         ("full+infinigen", True),
+        ("cake+prefix", True),
+        ("streaming+prefix+cake(codec=int8)", True),
+        ("infinigen+prefix+layerwise", True),
+        ("h2o+prefix+cake", False),
+        ("cake", False),
+        ("compute", True),
     ],
 )
 def test_pairs_that_were_thought_through(line: str, works: bool) -> None:
@@ -205,6 +239,15 @@ def test_pairs_that_were_thought_through(line: str, works: bool) -> None:
         ("h2o(budget=0.2)+h2o(budget=0.3)", "h2o and h2o both answer 'retention'"),
         ("full+streaming", "full and streaming both answer 'retention'"),
         ("prefix(x=1)", "prefix has no option 'x'; its options: none"),
+        ("prefix+cake(chunk=0)", "cake: chunk=0 is out of range: it must be at least 1"),
+        ("prefix+cake(codec=3)", "cake: codec=3 must be a word"),
+        ("prefix+load(codec=Raw)", "codec=Raw is out of range: it must be the name of a codec, such as raw or int8"),
+        ("prefix+load(min_tokens=-1)", "min_tokens=-1 is out of range"),
+        ("prefix+layerwise(look_ahead=-1)", "look_ahead=-1 is out of range"),
+        ("prefix+cachegen(mode=other)", "cachegen: mode=other is out of range: it must be one of paper, released"),
+        ("prefix+cachegen(ttft_ms=0)", "ttft_ms=0 is out of range: it must be above 0"),
+        ("prefix+cachegen(levels=0)", "levels=0 is out of range"),
+        ("prefix+load+cake", "load and cake both answer 'loading'"),
         ("h2o(\n)", "is no method"),
         ("h2o, prefix", "is no method"),
     ],

@@ -82,3 +82,28 @@ def test_a_held_block_that_is_met_keeps_its_queue():
     assert s3fifo.victims(1).tolist() == [1]
     s3fifo.offer(ids([0]))
     assert s3fifo.victims(19).tolist() == [*range(2, 20), 0]
+
+
+def test_a_held_block_of_the_main_queue_comes_back_to_it():
+    s3fifo = full(20)
+    for _ in range(2):
+        hit(s3fifo, [0])
+    s3fifo.victims(18)  # 0 moves to the main queue, 19 stays in the small one
+    s3fifo.hold(ids([0]))
+    insert(s3fifo, [1])
+    s3fifo.remove(ids([19]))
+    assert s3fifo.victims(1).tolist() == [1]
+    assert s3fifo.victims(1).tolist() == []  # the walk through both queues met 0
+    s3fifo.offer(ids([0]))
+    insert(s3fifo, [2, 3])
+    assert s3fifo.victims(3).tolist() == [2, 0, 3]
+
+
+def test_the_tenth_is_of_the_most_blocks_it_ever_held():
+    s3fifo = full(20)
+    s3fifo.remove(ids(range(20)))
+    insert(s3fifo, range(20))
+    for block in range(2, 20):
+        for _ in range(2):
+            hit(s3fifo, [block])
+    assert s3fifo._capacity == 20

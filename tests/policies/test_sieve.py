@@ -62,3 +62,12 @@ def test_a_held_block_that_the_hand_meets_joins_at_the_new_end():
     assert sieve.victims(1).tolist() == [1]
     sieve.offer(ids([0]))
     assert sieve.victims(3).tolist() == [2, 3, 0]
+
+
+def test_new_content_in_the_block_of_removed_content_is_not_visited():
+    sieve = Sieve(2)
+    insert(sieve, [0])
+    hit(sieve, [0])
+    sieve.remove(ids([0]))
+    insert(sieve, [0, 1])
+    assert sieve.victims(1).tolist() == [0]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvwise.cache.residency import Entry, Reservation, TierIndex
 from kvwise.core.errors import PlanError, UsageError
 from kvwise.policies.catalogue import make_policy, policies
 from kvwise.study.replay import BELADY, belady, replay, replay_file
@@ -130,6 +131,22 @@ def test_operations_are_look_ups_up_to_the_first_miss_and_one_visit_a_block() ->
     result = replay(requests, "lru", 10, block_size=BLOCK)
     assert result.num_operations == (1 + 3) + (3 + 3) + (3 + 3)
     assert result.row()["token_hit_ratio"] == pytest.approx(5 / 9)
+
+
+@pytest.mark.parametrize(("policy", "num_calls"), [("lru", 2), ("fifo", 2), ("lfu", 1 + 40)])
+def test_a_run_is_one_call_where_the_policy_allows(policy: str, num_calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    reserve = TierIndex.reserve
+
+    def counted(index: TierIndex, entries: Sequence[Entry]) -> Reservation:
+        sizes.append(len(entries))
+        return reserve(index, entries)
+
+    monkeypatch.setattr(TierIndex, "reserve", counted)
+    requests = [TraceRequest(t, 40 * BLOCK, 1, tuple(range(40 * t, 40 * t + 40))) for t in range(2)]
+    replay(requests, policy, 40, block_size=BLOCK)
+    assert len(sizes) == num_calls
+    assert sum(sizes) == 80
 
 
 def most_hits(requests: Sequence[TraceRequest], capacity: int) -> int:

@@ -1,9 +1,9 @@
-"""A process that writes, reads, deletes and reopens a disk tier at random, until it is done or killed.
+"""Processes that write, read, delete, scan and reopen a disk tier at random, until they are done or killed."""
 
-`python -m tests.tiers.disk_crash_worker FOLDER SEED STEPS`; it ends with 1 if it ever reads wrong bytes.
-"""
-
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +15,34 @@ from tests.tiers.samples import is_sound, key_of, pieces_of, record_of
 NUM_KEYS = 60
 SEGMENT_BYTES = 256 << 10
 SIZES = (300, 3000, 9000, 40_000)
+
+
+class Worker:
+    """Starts such a process again and again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        command = [sys.executable, "-m", "tests.tiers.disk_crash_worker"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[2]
+        self._server = subprocess.Popen(
+            command, cwd=root, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.process: int | None = None  # the one at work
+
+    def start(self, seed: int, num_steps: int) -> None:
+        """Begin; it is at work when this returns."""
+        print(self._folder, seed, num_steps, file=self._server.stdin, flush=True)
+        self.process = int(self._server.stdout.readline())
+
+    def end(self) -> int:
+        """Wait for its end: 0 if it read nothing wrong, minus the signal if it was killed."""
+        self.process = None
+        return int(self._server.stdout.readline())
+
+    def close(self) -> None:
+        """End the server."""
+        self._server.communicate(timeout=60)
 
 
 def open_store(folder: str) -> DiskStore:
@@ -52,15 +80,13 @@ def step(store: DiskStore, rng: np.random.Generator) -> bool:
     )
 
 
-def main() -> int:
-    """Run."""
-    folder, seed, num_steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+def work(folder: str, seed: int, num_steps: int) -> int:
+    """Run; 1 if anything that was read was wrong."""
     rng = np.random.default_rng(seed)
     store = open_store(folder)
-    print("ready", flush=True)
     for number in range(num_steps):
         if not step(store, rng):
-            print(f"step {number}: wrong bytes")
+            print(f"seed {seed}, step {number}: wrong bytes", file=sys.stderr, flush=True)
             return 1
         if rng.integers(20) == 0:
             store.close()
@@ -69,5 +95,23 @@ def main() -> int:
     return 0
 
 
+def serve() -> None:
+    """For each line "FOLDER SEED STEPS" fork a child that works, say its process id, and how it ended.
+
+    Loading torch takes longer than a child lives: here it is loaded once. This process has no threads.
+    """
+    for line in sys.stdin:
+        folder, seed, num_steps = line.split()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                status = work(folder, int(seed), int(num_steps))
+            finally:
+                os._exit(status)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    serve()

@@ -6,7 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-_ITEM = "<Contents><Key>{}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>e</ETag><Size>{}</Size></Contents>"
+_DATE = "2026-01-01T00:00:00.000Z"
+_ITEM = f"<Contents><Key>{{}}</Key><LastModified>{_DATE}</LastModified><ETag>e</ETag><Size>{{}}</Size></Contents>"
 _LIST = "<ListBucketResult>{}<IsTruncated>false</IsTruncated></ListBucketResult>"
 
 
@@ -47,7 +48,7 @@ class S3Server:
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
             if self.hang:
-                self._ends.wait(10)
+                self._ends.wait(2)
             if self.status:
                 return self.status, b"", {}
             return self._answer(method, target, span, body)

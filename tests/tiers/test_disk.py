@@ -25,6 +25,7 @@ from kvwise.tiers.disk.folder import MARKER, MARKER_TEXT
 from kvwise.tiers.disk.segment import PAGE, pages, start_of
 from kvwise.tiers.disk.system import System
 from kvwise.tiers.record import pack_header, read_header, seal
+from tests.tiers.disk_crash_worker import Worker
 from tests.tiers.samples import header_of, is_sound, key_of, pieces_of, record_of
 
 SIZE = 5000  # of the records here: two pages each
@@ -564,7 +565,12 @@ def test_wiping_writes_zeros_and_waits_before_the_record_is_declared_dead(store:
     assert store.delete([key_of(1)], wipe=True) == [None]
     changes = [(name, offset, size) for name, offset, size in system.calls if name in ("pwrite", "fdatasync", "punch")]
     slot = pages(len(sample(1, 12000)))
-    zeros, sync, stone, hole = ("pwrite", PAGE, slot - PAGE), ("fdatasync", 0, 0), ("pwrite", 0, PAGE), ("punch", 0, slot)
+    zeros, sync, stone, hole = (
+        ("pwrite", PAGE, slot - PAGE),
+        ("fdatasync", 0, 0),
+        ("pwrite", 0, PAGE),
+        ("punch", 0, slot),
+    )
     assert changes == [zeros, sync, stone, sync, hole]
     system.errors["fdatasync"] = errno.EIO
     assert store.delete([key_of(2)], wipe=True)[0].kind == FaultKind.IO_ERROR
@@ -709,13 +715,10 @@ def run(script: str, *arguments: object) -> str:
 
 def test_two_processes_on_one_folder(folder: Path) -> None:
     """Both write, read, delete and reopen at random; neither ever reads a byte that its key does not say."""
-    root = Path(__file__).parents[2]
-    worker = [sys.executable, "-m", "tests.tiers.disk_crash_worker", str(folder)]
-    workers = [
-        subprocess.Popen([*worker, str(seed), "150"], cwd=root, stdout=subprocess.PIPE, text=True) for seed in (1, 2)
-    ]
-    outputs = [process.communicate(timeout=60)[0] for process in workers]
-    assert [process.returncode for process in workers] == [0, 0], outputs
+    with closing(Worker(folder)) as one, closing(Worker(folder)) as two:
+        one.start(1, 100)
+        two.start(2, 100)
+        assert [one.end(), two.end()] == [0, 0]
     with closing(DiskStore(folder)) as store:
         found = [read_header(view) for view in store.scan()]
         slots = {header.key: pages(header.record_bytes) for header in found}

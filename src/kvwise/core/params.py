@@ -32,7 +32,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, bool, str], ...] = (
             ("n", self.n >= 1, "at least 1"),
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= 0, "0 (the prompt is computed, nothing is generated) or more"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"0 to max_tokens={self.max_tokens}"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_k", self.top_k >= 0, "0 (no limit) or more"),

@@ -6,6 +6,8 @@ from collections.abc import Sequence as Many
 import numpy as np
 from torch import Tensor
 
+from kvwise.cache.scopes import Scope
+from kvwise.cache.ttl import NO_TTL, Ttl
 from kvwise.core.clock import Clock, MonotonicClock
 from kvwise.core.config import EngineConfig
 from kvwise.core.errors import CapacityError, UsageError
@@ -15,6 +17,7 @@ from kvwise.core.strategy import Strategy
 from kvwise.engine.batch import Batch, BatchBuilder
 from kvwise.engine.finish import Finisher
 from kvwise.engine.hierarchy.storing import Storing
+from kvwise.engine.lifecycle import Lifecycle, Owner, PurgeReport
 from kvwise.engine.meter import Meter, ShareMeter
 from kvwise.engine.placement.choose import make_memory
 from kvwise.engine.runner import Runner
@@ -38,6 +41,7 @@ class Engine:
         self.config = config
         self.clock = clock or MonotonicClock()
         self.memory = make_memory(loaded, strategy, config, self.clock)
+        self.lifecycle = Lifecycle(self.memory, config, self.clock)
         self.max_model_len = max_model_len(loaded, config)
         cache, placement = self.memory.cache, self.memory.placement
         self._loads = self.memory.loads
@@ -59,15 +63,21 @@ class Engine:
         *,
         request_id: str | None = None,
         salt: str = "",
+        session: str = "",
+        scope: Scope = Scope.TENANT,
+        ttl: Ttl = NO_TTL,
+        ttft_target_s: float | None = None,
         arrival: float | None = None,
         observe: Observe | None = None,
     ) -> str:
         """Queue a request and return its id. UsageError if it can never be served; nothing is queued then.
 
         Several `params` make one sample each, all forked from the prompt once it is computed: with questions as their
-        `forced_tokens`, each is asked of the same cache, which has seen none of them. `salt` separates tenants: equal
-        prompts under different salts share nothing. `arrival` is in seconds on the engine's clock (now, if None).
-        `observe(index, step, logits)` sees the raw logits [V] behind every output token of every sample.
+        `forced_tokens`, each is asked of the same cache, which has seen none of them. `salt` names the tenant: equal
+        prompts of different tenants share nothing. `session`, `scope` and `ttl` say who else may reuse the request's
+        KV and how long it is kept (see `lifecycle`); `ttft_target_s` is a wish that loading may heed. `arrival` is in
+        seconds on the engine's clock (now, if None). `observe(index, step, logits)` sees the raw logits [V] behind
+        every output token of every sample.
         """
         number = next(self._ids)
         name = request_id if request_id is not None else f"request-{number}"
@@ -76,16 +86,22 @@ class Engine:
         for one in samples:
             self._refuse(name, tokens, one)
         now = self.clock.now() if arrival is None else arrival
+        owner = Owner(salt, session, scope, ttl)
         sequences = [
-            self._sequence(name, index, number, tokens, one, salt, now, observe) for index, one in enumerate(samples)
+            self._sequence(name, index, number, tokens, one, owner, now, observe) for index, one in enumerate(samples)
         ]
+        keys = sequences[0].keys
+        assert keys is not None
+        terms = self.lifecycle.begin(name, owner, keys)
+        for sequence in sequences:
+            sequence.terms, sequence.ttft_target_s, sequence.num_owned = terms, ttft_target_s, len(keys)
         sequences[0].siblings = sequences[1:]
         self._requests[name] = sequences
         self._scheduler.add(sequences[0])
         return name
 
     def _sequence(
-        self, name: str, index: int, number: int, tokens: list[int], params: SamplingParams, salt: str, now: float,
+        self, name: str, index: int, number: int, tokens: list[int], params: SamplingParams, owner: Owner, now: float,
         observe: Observe | None,
     ) -> Sequence:  # fmt: skip
         sequence = Sequence(
@@ -94,7 +110,8 @@ class Engine:
             prompt=tokens,
             tokens=list(tokens),
             params=params,
-            salt=salt,
+            salt=owner.salt,
+            session=owner.session,
             metrics=RequestMetrics(arrival=now, num_prompt_tokens=len(tokens)),
             attestation=Attestation(str(self.strategy)),
             output=OutputText(self.loaded.tokenizer, params.stop),
@@ -109,7 +126,7 @@ class Engine:
             ),
             observe=observe,
         )
-        sequence.keys = self.memory.cache.keys(sequence.token_array(), salt)
+        sequence.keys = self.memory.cache.keys(sequence.token_array(), owner.salt)
         return sequence
 
     def _refuse(self, name: str, tokens: list[int], params: SamplingParams) -> None:
@@ -147,6 +164,29 @@ class Engine:
             if sequence.phase is not Phase.FINISHED:
                 self._finisher.end(sequence, FinishReason.ABORT)
 
+    def warm(
+        self, prompt: Many[int], *, pin: bool = False, pin_until: float | None = None, salt: str = "",
+        session: str = "", scope: Scope = Scope.TENANT, ttl: Ttl = NO_TTL,
+    ) -> str:  # fmt: skip
+        """Queue a prompt to be computed and kept, with nothing generated; its request id. See `lifecycle.ready`.
+
+        With `pin`, its full blocks are kept from eviction in every tier until `pin_until` (None: until unpinned).
+        """
+        params = SamplingParams(max_tokens=0)
+        name = self.add_request(prompt, params, salt=salt, session=session, scope=scope, ttl=ttl)
+        keys = self._requests[name][0].keys
+        assert keys is not None
+        self.lifecycle.keep_warm(name, keys.copy(), pin=pin, until=pin_until)
+        return name
+
+    def purge_session(self, session: str) -> PurgeReport:
+        """End the session's requests, then forget in every tier what only it holds."""
+        for name, sequences in list(self._requests.items()):
+            if sequences[0].session == session:
+                self.abort(name)
+                self.lifecycle.end(name)
+        return self.lifecycle.purge_session(session)
+
     def has_unfinished(self) -> bool:
         """Whether some request has tokens to come, or an end that `step` has not told yet."""
         return bool(self._requests)
@@ -155,6 +195,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, commit: one forward pass for every request that can go on."""
+        self.memory.cache.expire()
         if self._storing is not None:
             self._storing.poll()
         schedule = self._scheduler.schedule()
@@ -210,6 +251,16 @@ class Engine:
             start = cache.num_keyed(int(rows[i]))
             cache.extend_keys(int(rows[i]), np.asarray(sequences[i].tokens[start : computed[i]], dtype=np.int64))
         cache.commit(rows, computed)
+        for sequence in sequences:
+            if sequence.session:
+                self._note_growth(sequence)
+
+    def _note_growth(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        chain = self.memory.cache.chain(sequence.row).chain
+        if len(chain) > sequence.num_owned:
+            self.lifecycle.grew(sequence.session, chain[sequence.num_owned :])
+            sequence.num_owned = len(chain)
 
     def collect(self) -> list[RequestOutput]:
         """Outputs of all sequences with news since the last call; requests that have ended are forgotten."""
@@ -219,6 +270,7 @@ class Engine:
             outputs += [self._finisher.output(s) for s in sequences if s.has_news]
             if all(s.phase is Phase.FINISHED for s in sequences):
                 del self._requests[name]
+                self.lifecycle.end(name)
         return outputs
 
     # -- figures ------------------------------------------------------------------------------------------------
@@ -251,6 +303,7 @@ class Engine:
         """End what runs in the background and take the hooks off the model."""
         for name in list(self._requests):
             self.abort(name)
+            self.lifecycle.end(name)
         self._requests.clear()
         self._runner.close()
         self.memory.placement.close()

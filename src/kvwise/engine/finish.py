@@ -54,6 +54,9 @@ class Finisher:
 
     def take_tokens(self, sampled: list[tuple[Sequence, int]], logits: Tensor) -> None:
         """Sample a token for each (sequence, row of logits), then let finished prefills fork and settle."""
+        for sequence, _ in sampled:
+            if sequence.params.max_tokens == 0 and sequence.phase is not Phase.FINISHED:
+                self.end(sequence, FinishReason.LENGTH)  # only its prompt was to be computed
         sampled = [(s, row) for s, row in sampled if s.phase is not Phase.FINISHED]
         fresh = [s for s, _ in sampled if s.phase is Phase.PREFILL]
         rows = list(sampled)

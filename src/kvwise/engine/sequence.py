@@ -39,7 +39,7 @@ class Sequence:
     prompt: list[int]  # never changed
     tokens: list[int]
     params: SamplingParams
-    salt: str
+    salt: str | None  # None: nothing of it is shared
     metrics: RequestMetrics
     attestation: Attestation
     output: OutputText
@@ -49,6 +49,8 @@ class Sequence:
     row: int | None = None
     num_computed: int = 0
     settled: bool = False
+    session: str = ""
+    num_owned: int = 0  # leading keys that its session is known to use
     terms: Terms = NO_LIMIT  # under which its blocks are kept, here and below
     num_offered: int = 0  # leading blocks that were considered for storing below
     declines_loading: bool = False  # what was loaded for it turned out bad: it computes

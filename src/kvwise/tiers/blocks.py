@@ -5,9 +5,8 @@ lies in: what is checked is a private copy, or what has arrived in the arena. So
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import groupby
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from torch import Tensor
@@ -22,28 +21,42 @@ from kvwise.tiers.scratch import Scratch
 _scratch = Scratch()
 
 
+class _Arena(NamedTuple):
+    """Blocks of keys, values [N, L, H, block_size, D], and how the bytes of one lie in it."""
+
+    shape: Shape
+    keys: Tensor
+    values: Tensor
+
+
 class RawRecord(Sequence[Buffer]):
     """The record of a raw block that still lies in its arena only: its pieces, or `write_raw` puts it into its place.
 
     The block must not change until it is written: the digests are made when they are first needed.
     """
 
-    def __init__(self, header: Header, shape: Shape, addresses: tuple[int, int], arena: tuple[Tensor, Tensor, int]):
+    __slots__ = ("_arena", "_block", "_pieces", "addresses", "header", "num_bytes")
+
+    def __init__(self, header: Header, num_bytes: int, addresses: tuple[int, int], arena: _Arena, block: int) -> None:
         self.header = header
-        self.shape = shape
+        self.num_bytes = num_bytes  # of the whole record; needs no digests
         self.addresses = addresses  # of layer 0's keys and values
-        self._arena = arena  # keys, values, and the block's number in them
+        self._arena = arena
+        self._block = block
+        self._pieces: list[Buffer] | None = None
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole record; needs no digests."""
-        return self.shape.record_bytes
+    def shape(self) -> Shape:
+        """How its bytes lie in its arena."""
+        return self._arena.shape
 
-    @cached_property
+    @property
     def pieces(self) -> list[Buffer]:
         """Header, views of the tensors, paddings."""
-        keys, values, block = self._arena
-        return seal(self.header, Raw().encode(keys[block], values[block]))
+        if self._pieces is None:
+            keys, values = self._arena.keys[self._block], self._arena.values[self._block]
+            self._pieces = seal(self.header, Raw().encode(keys, values))
+        return self._pieces
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -72,13 +85,14 @@ def seal_blocks(
     Headers are without segments, `codec` in them is that of the level. A raw record copies nothing and is not even
     digested until somebody looks at it: its block must stay as it is until the record is written.
     """
-    if any(header.codec != codec.levels[level] for header in headers):
+    if {header.codec for header in headers} - {codec.levels[level]}:
         raise ValueError(f"a header names another codec than {codec.levels[level]!r}")
     if isinstance(codec, Raw):  # its segments are the tensors' own bytes: nothing to encode
-        shape, addresses = _shape(keys, values), _addresses(keys, values, blocks)
+        arena = _Arena(_shape(keys, values), keys, values)
+        num_bytes = arena.shape.record_bytes
         return [
-            RawRecord(header, shape, where, (keys, values, block))
-            for header, where, block in zip(headers, addresses, blocks, strict=True)
+            RawRecord(header, num_bytes, where, arena, block)
+            for header, where, block in zip(headers, _addresses(keys, values, blocks), blocks, strict=True)
         ]
     return [
         seal(header, codec.encode(keys[block], values[block], level))
@@ -206,8 +220,18 @@ def _copy(data: memoryview, digest: bytes, layer: int, places: Sequence[tuple[in
 
 def _shape(keys: Tensor, values: Tensor) -> Shape:
     """Of the blocks of an arena [N, L, H, block_size, D]."""
-    layer_bytes = [_place(tensor[0, 0])[1] for tensor in (keys, values)]
-    return Shape(keys.shape[1], *layer_bytes, *(tensor.stride(1) * tensor.itemsize for tensor in (keys, values)))
+    return Shape(
+        keys.shape[1],
+        *(_layer_bytes(tensor) for tensor in (keys, values)),
+        *(tensor.stride(1) * tensor.itemsize for tensor in (keys, values)),
+    )
+
+
+def _layer_bytes(tensor: Tensor) -> int:
+    _, _, num_heads, block_size, dim = tensor.shape
+    if tensor.stride()[2:] != (block_size * dim, dim, 1) or not tensor.is_cpu:
+        _place(tensor[0, 0])
+    return num_heads * block_size * dim * tensor.itemsize
 
 
 def _addresses(keys: Tensor, values: Tensor, blocks: Sequence[int]) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Host memory as a store: records in one arena that is reserved at once."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from threading import Lock
 from typing import NamedTuple
 
@@ -56,14 +57,16 @@ class HostStore:
         sizes = [_num_bytes(pieces) for _, pieces in records]
         with self._mutex:
             memory = self._memory
-            taken = [self._take(key, size) for (key, _), size in zip(records, sizes, strict=True)]
+            taken = self._take_together(sizes) or [
+                self._take(key, size) for (key, _), size in zip(records, sizes, strict=True)
+            ]
         try:
             self._fill(memory, records, taken)
         except BaseException:
             self._give_back([place for place in taken if isinstance(place, _Place)])
             raise
         with self._mutex:
-            return [self._publish(key, place) for (key, _), place in zip(records, taken, strict=True)]
+            return self._publish(records, taken)
 
     def read(self, extents: Sequence[Extent]) -> list[memoryview | Fault]:
         """See `ByteStore.read`: views of the arena where a record lies in one run."""
@@ -125,6 +128,14 @@ class HostStore:
 
     # the book: the caller holds the mutex ----------------------------------------------------------------
 
+    def _take_together(self, sizes: list[int]) -> list[_Place | Fault] | None:
+        """One run for all: what is stored together lies together, and leaves one hole if it leaves together."""
+        run = None if self._closed else self._space.take_run(sum(map(rounded, sizes)))
+        if run is None:
+            return None
+        starts = accumulate(map(rounded, sizes), initial=run[0])
+        return [_Place([pair], size) for pair, size in zip(pairwise(starts), sizes, strict=True)]
+
     def _take(self, key: bytes, num_bytes: int) -> _Place | Fault:
         if off := self._off():
             return off
@@ -137,16 +148,22 @@ class HostStore:
             return Fault(FaultKind.FULL, f"a record of {num_bytes} bytes, {free} of {all_bytes} are free")
         return _Place(runs, num_bytes)
 
-    def _publish(self, key: bytes, place: _Place | Fault) -> Fault | None:
-        if isinstance(place, Fault):
-            return place
+    def _publish(
+        self, records: Sequence[tuple[bytes, Sequence[Buffer]]], places: Sequence[_Place | Fault]
+    ) -> list[Fault | None]:
         if off := self._off():
-            return off
-        if old := self._remove(key):
-            self._space.give_back(old.runs)
-        self._places[key] = place
-        self._num_bytes += rounded(place.num_bytes)
-        return None
+            return [off] * len(records)
+        faults: list[Fault | None] = []
+        for (key, _), place in zip(records, places, strict=True):
+            if isinstance(place, Fault):
+                faults.append(place)
+                continue
+            if old := self._remove(key):
+                self._space.give_back(old.runs)
+            self._places[key] = place
+            self._num_bytes += rounded(place.num_bytes)
+            faults.append(None)
+        return faults
 
     def _remove(self, key: bytes) -> _Place | None:
         place = self._places.pop(key, None)
@@ -178,7 +195,8 @@ class HostStore:
                 continue
             if isinstance(pieces, RawRecord) and len(place.runs) == 1:
                 raw.append(pieces)
-                targets.append(next(_views(memory, place)))
+                start = place.runs[0][0]
+                targets.append(memory[start : start + place.num_bytes])
             else:
                 _pour(pieces, _views(memory, place))
         write_raw(raw, targets, self._num_threads)

@@ -12,7 +12,7 @@ class MemoryStore:
     persistent = False
     wipes = True
 
-    def __init__(self, name: str = "memory", capacity_bytes: int | None = None) -> None:
+    def __init__(self, capacity_bytes: int | None = None, *, name: str = "memory") -> None:
         self.name = name
         self.capacity_bytes = capacity_bytes
         self._records: dict[bytes, bytearray] = {}

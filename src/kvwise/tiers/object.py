@@ -42,8 +42,9 @@ class ObjectStore:
     them; 5xx, 429 and broken connections are tried again with back-off, at most three times and not past the deadline.
 
     `timeout_s` is the deadline of one call, whatever the number of its items, of which `max_concurrency` are under
-    way at once: what is not done by then is LATE. (A write that is late may still arrive; it is whole, and a scan
-    finds it.) An object of more than `max_record_bytes` is refused before it is received, and never written.
+    way at once: what is not done by then is LATE. A request that hangs keeps one of these places until obstore's own
+    timeout (30 s), and what waits for a place is dropped at its deadline, so that nothing piles up. A write that is
+    late may still arrive; it is whole, and a scan finds it. An object of more than `max_record_bytes` is refused before it is received, and never written.
 
     An object store cannot overwrite bytes in place, and may keep versions: `wipes` is False, and `delete(wipe=True)`
     only deletes. Nor does it forget by itself: what has expired is deleted from above, or by a rule of the bucket.
@@ -270,8 +271,7 @@ class _Backend:
         except ImportError:
             raise UsageError(f"{name}: obstore is not installed: pip install 'kvwise[object]'") from None
         self.errors = (BaseError, OSError, ValueError)
-        limit = timedelta(seconds=timeout_s)
-        retries: Any = {"max_retries": _MAX_RETRIES, "retry_timeout": limit}
+        retries: Any = {"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(seconds=timeout_s)}
         try:
             if not isinstance(place, str):
                 self.store = place
@@ -280,8 +280,8 @@ class _Backend:
             elif place.startswith("memory:"):
                 self.store = MemoryStore()
             else:
-                options: Any = {"timeout": limit, "connect_timeout": limit}
-                self.store = from_url(place, client_options=options, retry_config=retries)
+                # No client options: obstore would take them in place of all that the environment says of the client.
+                self.store = from_url(place, retry_config=retries)
         except self.errors:
             raise UsageError(
                 f"{name}: no object store can be opened from its URL: use s3://bucket/path, gs://bucket/path,"

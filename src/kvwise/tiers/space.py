@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from itertools import pairwise
 
 from kvwise.core.errors import InvariantError
 from kvwise.tiers.record import ALIGNMENT
@@ -26,24 +27,22 @@ class Space:
         if self.num_bytes:
             self._add(0, self.num_bytes)
 
+    def take_run(self, num_bytes: int) -> Run | None:
+        """The shortest free run that has `num_bytes`, rounded up to 64, cut to that; None if none is long enough."""
+        length = rounded(num_bytes)
+        index = bisect_left(self._by_size, (length, 0))
+        return self._cut(index, length) if index < len(self._by_size) and length else None
+
     def take(self, num_bytes: int) -> list[Run] | None:
         """Runs of `num_bytes` together, rounded up to 64; None if less than that is free."""
         left = rounded(num_bytes)
         if left > self.num_free:
             return None
-        self.num_free -= left
         runs = []
         while left:
-            # No run is long enough: the longest, which is the last.
-            index = min(bisect_left(self._by_size, (left, 0)), len(self._by_size) - 1)
-            length, start = self._by_size.pop(index)
-            stop = self._by_start.pop(start)
-            del self._by_stop[stop]
-            end = min(stop, start + left)
-            if end < stop:
-                self._add(end, stop)
-            runs.append((start, end))
-            left -= end - start
+            run = self.take_run(left) or self._cut(len(self._by_size) - 1, left)
+            runs.append(run)
+            left -= run[1] - run[0]
         return runs
 
     def give_back(self, runs: Iterable[Run]) -> None:
@@ -66,7 +65,7 @@ class Space:
             raise InvariantError("free runs differ by where they start and by where they end")
         if self._by_size != sorted((stop - start, start) for start, stop in free):
             raise InvariantError("free runs differ by size and by place")
-        if any(stop == start for (_, stop), (start, _) in zip(free, free[1:], strict=False)):
+        if any(stop == start for (_, stop), (start, _) in pairwise(free)):
             raise InvariantError("two free runs are neighbours")
         position = 0
         for start, stop in sorted([*free, *taken]):
@@ -75,6 +74,17 @@ class Space:
             position = stop
         if position != self.num_bytes or self.num_free != sum(stop - start for start, stop in free):
             raise InvariantError(f"{self.num_free} bytes are said to be free, runs end at {position}")
+
+    def _cut(self, index: int, length: int) -> Run:
+        """At most `length` bytes of the free run with this index."""
+        start = self._by_size.pop(index)[1]
+        stop = self._by_start.pop(start)
+        del self._by_stop[stop]
+        end = min(stop, start + length)
+        if end < stop:
+            self._add(end, stop)
+        self.num_free -= end - start
+        return start, end
 
     def _add(self, start: int, stop: int) -> None:
         insort(self._by_size, (stop - start, start))

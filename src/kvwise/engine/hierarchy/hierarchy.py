@@ -285,26 +285,24 @@ class Hierarchy:
 
     # -- forgetting ---------------------------------------------------------------------------------------------
 
-    def purge(self, keys: Sequence[bytes], reason: RemovalReason = RemovalReason.PURGED) -> list[Purged]:
-        """Forget blocks in every tier now and overwrite their bytes; what that was, tier by tier."""
+    def purge(
+        self, keys: Sequence[bytes], *, tenant: str | None = None, everything: bool = False,
+        reason: RemovalReason = RemovalReason.PURGED,
+    ) -> list[Purged]:  # fmt: skip
+        """Forget blocks in every tier now and overwrite their bytes: those of `keys`, of a tenant, or all.
+
+        What that was, tier by tier. Blocks on their way down are waited for, so that none comes after.
+        """
         self.flush()
         names = [self.record_key(key, level) for key in keys for level in range(len(self.codec.levels))]
-        return [self._purge(tier, names, reason) for tier in self.tiers]
-
-    def purge_where(self, *, tenant: str | None = None, session: str | None = None) -> list[Purged]:
-        """As `purge`, for all blocks that a tenant or session stored (both None: all blocks)."""
-        self.flush()
         report = []
         for tier in self.tiers:
-            names = tier.keys_where(
-                None if tenant is None else tag_text(tenant), None if session is None else tag_text(session)
-            )
-            report.append(self._purge(tier, names, RemovalReason.PURGED))
+            also = tier.keys_where(None if everything or tenant is None else tag_text(tenant))
+            chosen = dict.fromkeys(names + (also if everything or tenant is not None else []))
+            gone = tier.remove(list(chosen), reason, wipe=True)
+            num_bytes = sum(entry.num_bytes for entry in gone)
+            report.append(Purged(tier.name, len(gone), num_bytes, tier.store.wipes))
         return report
-
-    def _purge(self, tier: Tier, names: Sequence[bytes], reason: RemovalReason) -> Purged:
-        gone = tier.remove(names, reason, wipe=True)
-        return Purged(tier.name, len(gone), sum(entry.num_bytes for entry in gone), tier.store.wipes)
 
     def pin(self, keys: Sequence[bytes], until: float | None) -> int:
         """Keep blocks from eviction in every tier they are in; the number of records pinned."""

@@ -222,15 +222,10 @@ class Tier:
         self._forget_bytes([entry.key for entry in gone], wipe=wipe)
         return gone
 
-    def keys_where(self, tenant: str | None = None, session: str | None = None) -> list[bytes]:
-        """Keys of the blocks of a tenant, of a session, or all."""
+    def keys_where(self, tenant: str | None = None) -> list[bytes]:
+        """Keys of the records of a tenant (by its tag), or of all."""
         with self._lock:
-            return [
-                entry.key
-                for entry in self.index.entries()
-                if (tenant is None or entry.terms.tenant == tenant)
-                and (session is None or entry.terms.session == session)
-            ]
+            return [e.key for e in self.index.entries() if tenant is None or e.terms.tenant == tenant]
 
     def _forget_bytes(self, keys: Sequence[bytes], *, wipe: bool = False) -> None:
         if keys:

@@ -35,7 +35,7 @@ class CacheGen(Loading):
 
     def __post_init__(self) -> None:
         self.require("ttft_ms", self.ttft_ms is None or self.ttft_ms > 0, "above 0")
-        self.require("levels", 1 <= self.levels <= 9, "1 to 9")
+        self.require("levels", 1 <= self.levels <= 4, "1 to 4")
         self.require("mode", self.mode in MODES, f"one of {', '.join(MODES)}")
         self.require("chunk", self.chunk >= 1, "at least 1")
         self.require("min_tokens", self.min_tokens >= 0, "0 or more")

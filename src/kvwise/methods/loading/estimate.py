@@ -76,6 +76,7 @@ class PrefillEstimate:
         self._samples: deque[tuple[int, int, float]] = deque(maxlen=window)
         self._cost: Floats | None = None  # e, a, b
         self._is_new = False  # samples that the cost does not contain yet
+        self._largest = 1
         self._lock = Lock()
 
     def observe(self, num_tokens: int, context_start: int, seconds: float) -> None:
@@ -87,10 +88,11 @@ class PrefillEstimate:
             raise ValueError(f"no prefill: {num_tokens} tokens after {context_start} in {seconds} s")
         with self._lock:
             self._samples.append((num_tokens, context_start, max(seconds, _SHORTEST_S)))
+            self._largest = max(self._largest, num_tokens)
             self._is_new = True
 
     def seconds(self, start: int, stop: int) -> float | None:
-        """To compute tokens [start, stop) of a prompt, in steps of the size that was seen; None: unknown."""
+        """To compute tokens [start, stop) of a prompt, in steps as large as the largest so far; None: unknown."""
         with self._lock:
             if not self._samples:
                 return None
@@ -98,11 +100,10 @@ class PrefillEstimate:
                 self._cost = _fit_cost(np.array(self._samples), self._cost)
                 self._is_new = False
             assert self._cost is not None
-            largest = max(num_tokens for num_tokens, _, _ in self._samples)
             fixed, per_token, per_pair = (float(c) for c in self._cost)
         num_tokens = max(0, stop - start)
         middle = start + (num_tokens - 1) / 2  # mean number of tokens before each
-        return float(fixed * -(-num_tokens // largest) + num_tokens * (per_token + per_pair * middle))
+        return float(fixed * -(-num_tokens // self._largest) + num_tokens * (per_token + per_pair * middle))
 
 
 class Hindsight(NamedTuple):

@@ -23,7 +23,7 @@ BITS = 14
 TOTAL = 1 << BITS  # slots that the codes of one distribution share
 WIDTHS = (16, 32, 64)  # codes a distribution may have room for
 _LOW = 1 << 16  # states stay in [_LOW, _LOW << 16)
-_CODES_PER_LANE = 1024  # so the states cost at most 0.023 bit a code
+_CODES_PER_LANE = 2048  # so the states cost about 0.012 bit a code
 _MAX_LANES = 16
 
 
@@ -53,8 +53,11 @@ class Tables:
 
 
 def width_for(num_codes: int) -> int:
-    """Room that a distribution over so many codes needs."""
-    return next(width for width in WIDTHS if num_codes <= width)
+    """Room that a distribution over so many codes needs. ValueError above 64."""
+    for width in WIDTHS:
+        if num_codes <= width:
+            return width
+    raise ValueError(f"{num_codes} codes are more than the {WIDTHS[-1]} that a distribution holds")
 
 
 def ends_of(weights: npt.NDArray[np.float64], width: int) -> Ends:
