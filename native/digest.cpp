@@ -201,11 +201,13 @@ Digest copy_and_digest(const InstructionSet& set, const Piece* pieces, int64_t n
         Cursor(pieces).take(total, all);
         return canonical(hash_short(reinterpret_cast<unsigned char*>(all), uint64_t(total)));
     }
-    const Pair hash = hash_long(set, Cursor(pieces), total, streaming);
+    return canonical(hash_long(set, Cursor(pieces), total, streaming));
+}
+
+void finish_streaming() {
 #if defined(__SSE2__)
-    if (streaming) _mm_sfence();  // streamed bytes become visible to other threads in no other way
+    _mm_sfence();
 #endif
-    return canonical(hash);
 }
 
 }  // namespace kvwise

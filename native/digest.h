@@ -20,7 +20,10 @@ struct Digest {
 
 // Copies all pieces and gives the digest (seed 0, default secret) of their bytes one after another. Each source byte
 // is read once: the digest is of what the targets received. `streaming` stores past the caches where the target is
-// aligned to 64 bytes: faster than filling cache lines first, if nobody reads the target soon. Ends with a fence then.
+// aligned to 64 bytes: faster than filling cache lines first, if nobody reads the target soon; call finish_streaming then.
 Digest copy_and_digest(const InstructionSet& set, const Piece* pieces, int64_t num_pieces, bool streaming);
+
+// Streamed bytes become visible to other threads in order with what is written after this.
+void finish_streaming();
 
 }  // namespace kvwise

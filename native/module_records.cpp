@@ -80,6 +80,7 @@ nb::bytes copy_pieces(const std::string& set, const std::vector<std::tuple<uintp
     {
         const nb::gil_scoped_release unlocked;
         digest = copy_and_digest(functions, pieces.data(), int64_t(pieces.size()), streaming);
+        finish_streaming();
     }
     return nb::bytes(digest.bytes, sizeof digest.bytes);
 }

@@ -44,20 +44,26 @@ def plain() -> Callable[[str], Any]:
 def serve(load: Callable[[str], Any]) -> Iterator[Callable[..., Any]]:
     """`serve("llama-tiny", "h2o", blocks=40, max_num_seqs=4)`: a checked engine, closed when the test ends.
 
-    `blocks` is the size of the device pool in whole blocks without columns.
+    `blocks` is the size of the device pool in whole blocks without columns; `tiers` are given as text, `meter` says
+    what a step costs.
     """
     from kvwise.core.config import EngineConfig
     from kvwise.core.layout import KVLayout
+    from kvwise.core.tiering import parse_tier
     from kvwise.engine.engine import Engine
     from kvwise.methods.catalogue import parse
 
     engines = []
 
-    def make(model: Any, strategy: str = "full", *, blocks: int = 256, clock: Any = None, **settings: Any) -> Any:
+    def make(
+        model: Any, strategy: str = "full", *, blocks: int = 256, clock: Any = None, meter: Any = None,
+        tiers: Any = (), **settings: Any,
+    ) -> Any:  # fmt: skip
         loaded = load(model) if isinstance(model, str) else model
         layout = KVLayout(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, BLOCK, loaded.dtype.itemsize)
         settings.setdefault("kv_cache_memory_bytes", blocks * layout.block_bytes)
-        engines.append(Engine(loaded, parse(strategy), EngineConfig(check=True, **settings), clock))
+        config = EngineConfig(check=True, tiers=[parse_tier(tier) for tier in tiers], **settings)
+        engines.append(Engine(loaded, parse(strategy), config, clock, meter))
         return engines[-1]
 
     yield make

@@ -35,7 +35,7 @@ def test_sizes_agree() -> None:
     ("field", "value"),
     [
         ("n", 0),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("min_tokens", -1),
         ("min_tokens", 17),
         ("temperature", -0.1),

@@ -134,7 +134,9 @@ def test_operations_are_look_ups_up_to_the_first_miss_and_one_visit_a_block() ->
 
 
 @pytest.mark.parametrize(("policy", "num_calls"), [("lru", 2), ("fifo", 2), ("lfu", 1 + 40)])
-def test_a_run_is_one_call_where_the_policy_allows(policy: str, num_calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_one_call_where_the_policy_allows(
+    policy: str, num_calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = []
     reserve = TierIndex.reserve
 

@@ -1,6 +1,8 @@
 """As much of S3 as obstore speaks to a bucket, on loopback; it can be told to answer a status, or not at all."""
 
+import contextlib
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -20,6 +22,7 @@ class S3Server:
         self.status = 0
         self.hang = False
         self.most_at_once = 0
+        self.connections: list[socket.socket] = []
         self._at_once = 0
         self._mutex = threading.Lock()
         self._ends = threading.Event()
@@ -38,6 +41,9 @@ class S3Server:
         self._ends.set()
         self._server.shutdown()
         self._thread.join()
+        for connection in self.connections:  # clients keep them for the next request
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._server.server_close()
 
     def answer(self, method: str, target: str, span: str | None, body: bytes) -> tuple[int, bytes, dict[str, str]]:
@@ -66,9 +72,11 @@ class S3Server:
             ]
             return 200, _LIST.format("".join(items)).encode(), {}
         if method == "POST":
-            for key in re.findall("<Key>(.*?)</Key>", body.decode()):
+            keys = re.findall("<Key>(.*?)</Key>", body.decode())
+            for key in keys:
                 self.objects.pop(key, None)
-            return 200, b"<DeleteResult></DeleteResult>", {}
+            items = [f"<Deleted><Key>{key}</Key></Deleted>" for key in keys]
+            return 200, f"<DeleteResult>{''.join(items)}</DeleteResult>".encode(), {}
         if method == "PUT":
             self.objects[name] = body
             return 200, b"", {"ETag": '"e"'}
@@ -87,8 +95,11 @@ class S3Server:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = 0.5  # a client that keeps its connection must not hold up the end
     bucket: S3Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.bucket.connections.append(self.connection)
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

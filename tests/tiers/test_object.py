@@ -192,7 +192,12 @@ def test_a_server_that_hangs_is_late_and_opens_the_breaker(s3: S3Server, connect
     assert kinds(store.write([(key_of(1), pieces_of(1))])) == [FaultKind.LATE]
     assert kinds(store.delete([key_of(1), key_of(2)])) == [FaultKind.LATE] * 2
     assert list(store.scan()) == []
-    assert s3.most_at_once <= 2  # nothing piles up behind it
+    assert s3.most_at_once <= 2
+    s3.hang = False
+    s3._ends.set()
+    store._timeout_s = 5.0
+    assert get(store, 1) == [FaultKind.MISSING]
+    assert len(s3.requests) == 3  # what waited for its turn was dropped at its deadline
 
 
 def test_no_server_at_all_is_an_error(s3: S3Server, connect: Callable[..., ObjectStore]) -> None:
@@ -268,8 +273,25 @@ def test_a_scan_deletes_what_is_no_record_and_nothing_else(connect: Callable[...
     for stranger in strangers:
         obstore.put(backend, stranger, b"mine")
     assert {read_header(view).key for view in store.scan()} == {key_of(1), key_of(2)}
+    assert store.num_bytes() == len(record_of(1)) + len(record_of(2))
     left = {meta["path"] for meta in obstore.list(backend).collect()}
     assert left == {path_of(1), path_of(2), *strangers}
+
+
+def test_a_scan_gives_long_headers(connect: Callable[..., ObjectStore]) -> None:
+    store = connect("memory://")
+    assert store.write([(key_of(1), pieces_of(1, 300, 10)), (key_of(2), pieces_of(2))]) == [None, None]
+    assert {len(read_header(view).segments) for view in store.scan()} == {300, 2}
+
+
+def test_one_that_cannot_be_deleted_does_not_take_its_neighbours_along(
+    tmp_path: Path, connect: Callable[..., ObjectStore]
+) -> None:
+    store = connect(tmp_path.as_uri())
+    put(store, 1, 3)
+    (tmp_path / path_of(2)).mkdir(parents=True)
+    assert kinds(store.delete([key_of(n) for n in (1, 2, 3)])) == [None, FaultKind.IO_ERROR, None]
+    assert get(store, 1, 3) == [FaultKind.MISSING] * 2
 
 
 def test_prefixes_part_stores(connect: Callable[..., ObjectStore]) -> None:

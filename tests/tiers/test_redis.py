@@ -20,6 +20,7 @@ from kvwise.tiers.base import Extent, Fault, FaultKind
 from kvwise.tiers.breaker import Breaker, BreakerState
 from kvwise.tiers.record import read_header, seal
 from kvwise.tiers.redis import RedisStore
+from kvwise.tiers.resp import Wire, command, command_in_pieces
 from tests.tiers.fault_proxy import FaultProxy
 from tests.tiers.redis_server import RedisServer, free_port, shared_server
 from tests.tiers.samples import header_of, key_of, pieces_of, record_of
@@ -101,7 +102,9 @@ def kinds(faults: list[Fault | None]) -> list[FaultKind | None]:
 
 def test_a_server_that_hangs_is_late_and_the_next_call_starts_afresh(far: RedisStore, proxy: FaultProxy) -> None:
     proxy.fault = "silent"
+    began = time.monotonic()
     assert get(far, 1, 2) == [FaultKind.LATE] * 2
+    assert time.monotonic() - began < 2  # an order of magnitude more than the deadline: any machine keeps that
     assert kinds(far.write([(key_of(4), pieces_of(4))])) == [FaultKind.LATE]
     assert kinds(far.delete([key_of(1)], wipe=True)) == [FaultKind.LATE]
     assert list(far.scan()) == []
@@ -212,6 +215,25 @@ def test_threads_have_connections_of_their_own_and_few_are_kept(far: RedisStore,
     assert wrong == []
     assert not far._pool._busy
     assert 1 <= len(far._pool._idle) <= 8
+    far._timeout_s, proxy.fault = SOON_S, "silent"
+    assert get(far, 1) == [FaultKind.LATE]
+    assert far._pool._idle == []  # the others would only be late one after another
+
+
+def test_a_socket_that_takes_little_at_a_time_gets_every_byte_once(server: RedisServer) -> None:
+    class Meagre(socket.socket):
+        def sendmsg(self, buffers: Any, *_: Any) -> int:
+            return self.send(b"".join(buffers)[:997])
+
+    with socket.create_connection(("127.0.0.1", server.port)) as plain:
+        wire = Wire(Meagre(fileno=plain.detach()))
+    value = record_of(1, 3, 5000)
+    pieces = [value[:4], value[4:9000], b"", value[9000:]]
+    answers: list[Any] = []
+    commands = [command_in_pieces([[b"SET"], [b"x"], pieces]), command(b"GET", b"x")]
+    wire.exchange(commands, answers, deadline=time.monotonic() + 5, max_bytes=len(value))
+    wire.close()
+    assert answers == ["OK", value]
 
 
 # -- the server goes and comes back
@@ -420,6 +442,41 @@ def test_prefixes_part_stores_even_if_they_look_like_patterns(
         put(store, number)
     for number, store in enumerate(stores):
         assert [read_header(view).key for view in store.scan()] == [key_of(number)]
+
+
+def test_an_extent_of_nothing_tells_whether_the_record_is_there(
+    server: RedisServer, connect: Callable[..., RedisStore]
+) -> None:
+    store = connect(server.url)
+    put(store, 1)
+    for start, stop in ((0, 0), (5, 5), (7, 3), (10_000, None), (10_000, 10_001)):
+        there, absent = store.read([Extent(key_of(1), start, stop), Extent(key_of(2), start, stop)])
+        assert there == b""
+        assert absent == Fault(FaultKind.MISSING)
+
+
+def test_a_scan_gives_long_headers_and_nothing_twice(
+    server: RedisServer, connect: Callable[..., RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = connect(server.url)
+    numbers = range(600)
+    put(store, *numbers)
+    assert store.write([(key_of(1), pieces_of(1, 300, 10))]) == [None]
+    real, steps = store._pool.ask, []
+
+    def repeating(commands: Any, *args: Any, **kwargs: Any) -> Any:
+        """As while the server grows its table: the first name comes again and again."""
+        answers = real(commands, *args, **kwargs)
+        if isinstance(answers[0], list):
+            steps.append(answers[0][1])
+            answers[0][1] = [*answers[0][1], steps[0][0], steps[0][0]]
+        return answers
+
+    monkeypatch.setattr(store._pool, "ask", repeating)
+    headers = [read_header(view) for view in store.scan()]
+    assert len(steps) > 1
+    assert sorted(header.key for header in headers) == sorted(key_of(n) for n in numbers)
+    assert max(len(header.segments) for header in headers) == 300
 
 
 def test_many_records_come_in_batches(server: RedisServer, connect: Callable[..., RedisStore]) -> None:

@@ -126,8 +126,9 @@ class Lifecycle:
         self.registry.use(session, keys)
 
     def end(self, request_id: str) -> None:
-        """The request is over."""
+        """The request is over; what it was to keep warm is pinned now."""
         self.registry.ended(request_id)
+        self._pin_warm(request_id)
 
     # -- sessions and tenants -----------------------------------------------------------------------------------
 
@@ -244,8 +245,7 @@ class Lifecycle:
         """A warm-up request was queued: `ready` waits for its blocks; they are pinned when it has ended."""
         self._warm[request_id] = _Warm(keys, until, pinned=not pin)
 
-    def finish_warm(self, request_id: str) -> None:
-        """A warm-up request has ended."""
+    def _pin_warm(self, request_id: str) -> None:
         warm = self._warm.get(request_id)
         if warm is not None and not warm.pinned:
             self._cache.pin(warm.keys, warm.pin_until)

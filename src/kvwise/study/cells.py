@@ -10,6 +10,8 @@ from enum import StrEnum
 from itertools import product
 
 from kvwise.core.errors import PlanError, StrategyError
+from kvwise.study.loading_section import BASE, Loading
+from kvwise.study.placement import Placement
 from kvwise.study.plan import Block, Load, OnOff, Plan, TraceFile, Workload
 from kvwise.study.quality_section import Quality
 
@@ -24,11 +26,15 @@ class CellKind(StrEnum):
     ONOFF = "onoff"  # KV cache on against off
     QUALITY = "quality"  # what the strategy costs in answers
     LIVE = "live"  # traffic in real time
+    LOADING = "loading"  # the first token of a request whose prefix is stored below
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One measurement. `rate` inf sends at once, None follows the trace; `concurrency` None is unlimited."""
+    """One measurement. `rate` inf sends at once, None follows the trace; `concurrency` None is unlimited.
+
+    A loading cell measures all methods over all bandwidths of its table; `share` is that of the device's steps.
+    """
 
     kind: CellKind
     block: str
@@ -45,6 +51,9 @@ class Cell:
     load: Load | None = None
     quality: Quality | None = None
     onoff: OnOff | None = None
+    placement: Placement = Placement()
+    share: float = 1.0
+    loading: Loading | None = None
     id: str = ""
 
     @property
@@ -58,9 +67,13 @@ class Cell:
             return f"KV cache on/off, {self.model}"
         if self.kind is CellKind.QUALITY:
             return f"quality, {self.label}, {self.model}, context {self.context}"
+        if self.kind is CellKind.LOADING:
+            share = "" if self.share == 1 else f", {self.share * 100:g} % of each step"
+            return f"loading, {self.block}, {self.model}, context {self.context}{share}"
         context = f", context {self.context}" if self.context else ""
         memory = "" if self.memory == "auto" else f", {self.memory}"
-        return f"{self.label}, {self.model}, {self.load_text()}{context}{memory}, repeat {self.repeat + 1}"
+        placed = "".join(f", {part}" for part in self.placement.words())
+        return f"{self.label}, {self.model}, {self.load_text()}{context}{memory}{placed}, repeat {self.repeat + 1}"
 
     def load_text(self) -> str:
         """The load as shown, such as `8 req/s` or `4 at a time`."""
@@ -89,6 +102,8 @@ def expand(plan: Plan, *, quality_only: bool = False) -> list[Cell]:
     `quality_only`, here or in the plan, leaves out all but the quality cells.
     """
     only = quality_only or plan.quality_only
+    loads = sum(len(t.models) * len(t.context_lengths) * len(t.compute_shares) for t in plan.loading)
+    _refuse_many(plan, loads)
     _refuse_many(plan, sum(_num_quality(block, plan.quality) for block in plan.block))
     if not only:
         _refuse_many(plan, sum(_num_live(block) for block in plan.block))
@@ -103,7 +118,9 @@ def expand(plan: Plan, *, quality_only: bool = False) -> list[Cell]:
 
 def check_strategies(plan: Plan, parse: Callable[[str], object]) -> None:
     """Let `parse` judge every strategy of the plan; PlanError naming where it stands on the first it refuses."""
-    for origin, strategies in [*((_origin(b), _filled(b)) for b in plan.block), ("quality.guides", _guides(plan))]:
+    loads = [(f"loading {b.name!r}", ((text, m, None) for m, text in b.strategies.items())) for b in plan.loading]
+    blocks = [(_origin(b), _filled(b)) for b in plan.block]
+    for origin, strategies in [*blocks, ("quality.guides", _guides(plan)), *loads]:
         for text, _, budget in strategies:
             try:
                 parse(text)
@@ -126,14 +143,20 @@ def _refuse_many(plan: Plan, count: int) -> None:
 
 
 def _num_live(block: Block) -> int:
-    conditions = (block.models, block.request_rates, block.concurrency, block.context_lengths, block.memory)
+    conditions = (block.models, block.request_rates, block.concurrency, block.context_lengths, block.memory,
+                  block.tiers, block.links, block.ttl_s, block.idle_ttl_s)  # fmt: skip
     return _num_filled(block.strategies, block.budgets) * block.repeats * math.prod(map(len, conditions))
 
 
 def _num_quality(block: Block, quality: Quality) -> int:
     contexts = quality.context_lengths or block.context_lengths
     filled = _num_filled(block.strategies, block.budgets) + _num_filled(quality.guides, quality.guide_budgets)
-    return filled * len(block.models) * len(contexts) if block.quality else 0
+    return filled * len(block.models) * len(contexts) if _asks(block) else 0
+
+
+def _asks(block: Block) -> bool:
+    """Whether the quality of a block's strategies is measured: not where they load from tiers, which no exam has."""
+    return block.quality and not any(block.tiers)
 
 
 def _num_filled(templates: Sequence[str], budgets: Sequence[float]) -> int:
@@ -144,8 +167,9 @@ def _all(plan: Plan) -> Iterator[Cell]:
     if plan.onoff:
         yield Cell(CellKind.ONOFF, "on/off", plan.onoff.model, REFERENCE, REFERENCE, onoff=plan.onoff)
     yield from _quality_cells(plan)
+    yield from _loading_cells(plan)
     # Repeats outermost and strategies innermost: a slow minute of the machine then hits all strategies alike.
-    for repeat in range(max(block.repeats for block in plan.block)):
+    for repeat in range(max((block.repeats for block in plan.block), default=0))):
         for block in plan.block:
             if repeat < block.repeats:
                 yield from _live_cells(block, repeat)
@@ -158,7 +182,7 @@ def _quality_cells(plan: Plan) -> Iterator[Cell]:
     """
     asked: dict[tuple[str, int], dict[Filled, None]] = {}
     for block in plan.block:
-        if block.quality:
+        if _asks(block):
             for place in product(block.models, plan.quality.context_lengths or block.context_lengths):
                 strategies = asked.setdefault(place, {(REFERENCE, REFERENCE, None): None})
                 strategies |= dict.fromkeys(_filled(block))
@@ -177,11 +201,21 @@ def _quality_cells(plan: Plan) -> Iterator[Cell]:
             )
 
 
+def _loading_cells(plan: Plan) -> Iterator[Cell]:
+    for table in plan.loading:
+        for model, context, share in product(table.models, table.context_lengths, table.compute_shares):
+            yield Cell(
+                CellKind.LOADING, table.name, model, BASE, BASE, context=context, share=share, loading=table
+            )
+
+
 def _live_cells(block: Block, repeat: int) -> Iterator[Cell]:
     filled = list(_filled(block))
     turn = repeat % len(filled)  # another strategy goes first in each repeat
-    axes = product(block.models, block.context_lengths, block.memory, block.concurrency, block.request_rates)
-    for model, context, memory, concurrency, rate in axes:
+    axes = product(
+        block.models, block.context_lengths, block.memory, block.placements, block.concurrency, block.request_rates
+    )
+    for model, context, memory, placement, concurrency, rate in axes:
         for text, framework, budget in filled[turn:] + filled[:turn]:
             yield Cell(
                 kind=CellKind.LIVE,
@@ -197,6 +231,7 @@ def _live_cells(block: Block, repeat: int) -> Iterator[Cell]:
                 repeat=repeat,
                 workload=block.workload,
                 load=block.load,
+                placement=placement,
             )
 
 
@@ -239,10 +274,16 @@ def _own_budget(text: str) -> float | None:
 def _cell_id(cell: Cell, plan: Plan) -> str:
     """12 hex digits over the cell and whatever of the plan it depends on."""
     facts = {k: v for k, v in asdict(cell).items() if k not in ("id", "workload", "load", "quality", "onoff")}
+    # What came later and says nothing is left out, so that cells recorded before it keep their ids.
+    for name, silent in (("placement", Placement()), ("share", 1.0), ("loading", None)):
+        if getattr(cell, name) == silent:
+            del facts[name]
+    if cell.loading is not None:
+        facts["loading"] = cell.loading.facts()
     for name in ("workload", "load", "quality", "onoff"):
         table = getattr(cell, name)
         facts[name] = None if table is None else table.model_dump(mode="json")
-    facts |= {"seed": plan.seed, "dtype": plan.dtype, "engine": plan.engine.model_dump(mode="json")}
+    facts |= {"seed": plan.seed, "dtype": plan.dtype, "engine": plan.engine.facts()}
     facts |= {"links": plan.links, "threads": plan.threads}
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -8,6 +8,7 @@ from kvwise.core.clock import Clock
 from kvwise.core.output import EngineStats, RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.models.text import Tokenizer
+from kvwise.study.placement import Placement
 from kvwise.tasks.language import Language
 
 # (index of the sample, index of the output token, raw logits [V] behind it)
@@ -79,6 +80,66 @@ class OnOffRun:
     tokens: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LoaderSetup:
+    """An engine with one loading method over one tier, for one long request and `others` short ones at a time.
+
+    A request may compute `share` of `step_tokens` tokens in a step, which is then drawn out to what a full step takes:
+    `full_step_s` are its fixed seconds and its seconds per token of context (None: nothing is drawn out).
+    """
+
+    model: str
+    strategy: str
+    tier: str
+    longest: int
+    step_tokens: int
+    share: float = 1.0
+    full_step_s: tuple[float, float] | None = None
+    others: int = 0
+    others_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """A step: tokens computed, their mean context, seconds."""
+
+    num_tokens: int
+    context: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderRun:
+    """Requests that arrived at `start` together, in the order they were given, and the steps they took."""
+
+    start: float
+    outputs: tuple[RequestOutput, ...]
+    steps: tuple[StepTime, ...]
+
+
+class LoaderFace(Protocol):
+    """A `LoaderSetup` at work."""
+
+    lossless: bool  # whether loaded KV is to the bit what was computed
+    chunk_tokens: int  # tokens that are loaded at a time; 0: the method has no chunks of tokens
+
+    def store(self, prompt: Sequence[int]) -> None:
+        """Compute a prompt, undisturbed and as fast as it goes, and wait until it lies in the tier."""
+        ...
+
+    def throttle(self, bytes_per_second: float) -> None:
+        """Set the speed of the link up from the tier."""
+        ...
+
+    def run(self, prompts: Sequence[Sequence[int]]) -> LoaderRun:
+        """Serve prompts that arrive together, one token each, from a device that holds nothing, and forget them."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
 class Bench(Protocol):
     """Where engines come from, and the time they live in."""
 
@@ -96,16 +157,31 @@ class Bench(Protocol):
         """StrategyError if `text` is no strategy."""
         ...
 
-    def idle_methods(self, text: str, did: Mapping[str, int], tokens_reused: int) -> tuple[str, ...]:
-        """The methods that strategy `text` names and that, by these attested counts, did nothing."""
+    def check_placement(self, text: str, placement: Placement) -> None:
+        """PlanError if strategy `text` cannot be run there: a method that loads without tiers, a link that is none."""
+        ...
+
+    def idle_methods(
+        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0
+    ) -> tuple[str, ...]:
+        """The methods that strategy `text` names and that, by these attested counts, did nothing.
+
+        A loading method that decided about `num_loads` requests did its work, also if it decided to compute.
+        """
         ...
 
     def facts(self, model: str) -> ModelFacts:
         """Load a model (once) and say what it is."""
         ...
 
-    def engine(self, model: str, strategy: str, memory_bytes: int | None) -> EngineFace:
+    def engine(
+        self, model: str, strategy: str, memory_bytes: int | None, placement: Placement = Placement()
+    ) -> EngineFace:
         """A fresh engine; `memory_bytes` is the size of its KV pool, None for its default."""
+        ...
+
+    def loader(self, setup: LoaderSetup) -> LoaderFace:
+        """A fresh engine that loads."""
         ...
 
     def generate(self, model: str, side: str, prompt: Sequence[int], output_tokens: int) -> OnOffRun:

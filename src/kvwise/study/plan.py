@@ -4,22 +4,27 @@ import hashlib
 import json
 import tomllib
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from kvwise.core.errors import PlanError, UsageError
-from kvwise.core.sizes import parse_bytes, parse_link
+from kvwise.core.sizes import parse_bytes
 from kvwise.study.lengths import Lengths
+from kvwise.study.loading_section import Loading, check_loading
+from kvwise.study.placement import NEVER, Placement, check_tiers, link_table
 from kvwise.study.quality_section import Budget, Context, Quality, check_quality
 from kvwise.study.strict import Strict, read_table
 
 MAX_PLAN_BYTES = 1 << 20
 MAX_CELLS = 5000
+PAPERS = {"2410.03065": "paper_2410_03065.toml"}  # arXiv id -> its plan
 
 Rate = Annotated[float, Field(gt=0)] | Literal["inf", "trace"]
 Concurrency = Annotated[int, Field(ge=1)] | Literal["unlimited"]
+Lifetime = Annotated[float, Field(gt=0)] | Literal["never"]
 
 
 class Chat(Strict):
@@ -109,7 +114,13 @@ class Load(Strict):
 
 
 class Block(Strict):
-    """A product of axes under one workload. A plan of several blocks varies many axes without their full product."""
+    """A product of axes under one workload. A plan of several blocks varies many axes without their full product.
+
+    `tiers`, `links`, `ttl_s` and `idle_ttl_s` are the axes of placement: what lies below the device, over which
+    throttled links (on top of the plan's), and how long it is kept.
+    """
+
+    ADDED: ClassVar[tuple[str, ...]] = ("tiers", "links", "ttl_s", "idle_ttl_s")
 
     name: str = Field(min_length=1, max_length=64)
     strategies: tuple[str, ...] = Field(min_length=1)
@@ -119,10 +130,24 @@ class Block(Strict):
     concurrency: tuple[Concurrency, ...] = Field(default=("unlimited",), min_length=1)
     context_lengths: tuple[Context, ...] = Field(default=(256,), min_length=1)
     memory: tuple[str, ...] = Field(default=("auto",), min_length=1)
+    tiers: tuple[tuple[str, ...], ...] = Field(default=((),), min_length=1)
+    links: tuple[dict[str, str], ...] = Field(default=({},), min_length=1)
+    ttl_s: tuple[Lifetime, ...] = Field(default=(NEVER,), min_length=1)
+    idle_ttl_s: tuple[Lifetime, ...] = Field(default=(NEVER,), min_length=1)
     repeats: int = Field(default=1, ge=1, le=1000)
     quality: bool = True
     workload: Workload
     load: Load = Load()
+
+    @property
+    def placements(self) -> list[Placement]:
+        """The product of the axes of placement."""
+        axes = product(self.tiers, self.links, self.ttl_s, self.idle_ttl_s)
+        return [Placement(t, tuple(sorted(k.items())), _seconds(ttl), _seconds(idle)) for t, k, ttl, idle in axes]
+
+
+def _seconds(lifetime: float | Literal["never"]) -> float | None:
+    return None if lifetime == "never" else lifetime
 
 
 class Slo(Strict):
@@ -145,6 +170,8 @@ class OnOff(Strict):
 class EngineOptions(Strict):
     """Engine settings that all cells share; the names are those of `EngineConfig`."""
 
+    ADDED: ClassVar[tuple[str, ...]] = ("offload", "store_after", "store_min_tokens", "tier_deadline_s")
+
     device: str = "cpu"
     block_size: int = 16
     kv_cache_dtype: str = "auto"
@@ -154,13 +181,20 @@ class EngineOptions(Strict):
     enable_chunked_prefill: bool = True
     kv_offloading: str | None = None
     kernels: str | None = None
+    offload: Literal["through", "back"] = "through"
+    store_after: int = Field(default=1, ge=1)
+    store_min_tokens: int = Field(default=0, ge=0)
+    tier_deadline_s: float = Field(default=10.0, gt=0)
 
 
 class Plan(Strict):
     """A whole study.
 
-    `min_quality` is the least score that a recommended strategy may have; `quality_only` leaves out all traffic.
+    `min_quality` is the least score that a recommended strategy may have; `quality_only` leaves out all but answers.
+    `paper` is the arXiv id of a paper whose figures are printed beside.
     """
+
+    ADDED: ClassVar[tuple[str, ...]] = ("loading",)
 
     name: str = Field(default="study", min_length=1, max_length=64)
     seed: int = Field(default=0, ge=0)
@@ -170,22 +204,25 @@ class Plan(Strict):
     tie_margin: float = Field(default=0.05, ge=0, lt=1)
     min_quality: float | None = Field(default=None, ge=0, le=1)
     quality_only: bool = False
+    paper: str | None = None
     max_cells: int = Field(default=1000, ge=1, le=MAX_CELLS)
     slo: Slo = Slo()
     quality: Quality = Quality()
     onoff: OnOff | None = None
     engine: EngineOptions = EngineOptions()
     links: dict[str, str] = Field(default_factory=dict)
-    block: tuple[Block, ...] = Field(min_length=1)
+    block: tuple[Block, ...] = ()
+    loading: tuple[Loading, ...] = ()
 
 
 # What a reader may change between runs without making the rows already measured those of another study.
-_NOT_MEASURED = ("name", "time_limit_s", "tie_margin", "min_quality", "quality_only", "max_cells", "slo")
+_NOT_MEASURED = ("name", "time_limit_s", "tie_margin", "min_quality", "quality_only", "paper", "max_cells", "slo")
 
 
 def plan_hash(plan: Plan) -> str:
     """16 hex digits over everything that changes what is measured."""
-    kept = {k: v for k, v in plan.model_dump(mode="json").items() if k not in _NOT_MEASURED}
+    facts = plan.facts() | {"engine": plan.engine.facts(), "block": [block.facts() for block in plan.block]}
+    kept = {k: v for k, v in facts.items() if k not in _NOT_MEASURED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -207,6 +244,20 @@ def quality_plan() -> Plan:
 def quality_plan_text() -> str:
     """Its TOML, with comments."""
     return files("kvwise.study").joinpath("quality_plan.toml").read_text(encoding="utf-8")
+
+
+def paper_plan(paper: str) -> Plan:
+    """The plan whose figures stand beside those of a paper; PlanError for a paper that is not known."""
+    return read_plan_text(paper_plan_text(paper), f"the plan of {paper}")
+
+
+def paper_plan_text(paper: str) -> str:
+    """Its TOML, with comments."""
+    name = PAPERS.get(paper.removeprefix("arXiv:").removeprefix("arxiv:"))
+    if name is None:
+        known = ", ".join(PAPERS)
+        raise PlanError(f"no plan for the paper {paper!r}; known by their arXiv ids: {known} (Cake)")
+    return files("kvwise.study").joinpath(name).read_text(encoding="utf-8")
 
 
 def read_plan(path: Path) -> Plan:
@@ -244,12 +295,14 @@ def read_plan_data(data: dict[str, Any], where: str) -> Plan:
 
 def link_speeds(plan: Plan) -> dict[str, float]:
     """Throttled links -> bytes per second."""
-    return dict(parse_link(f"{name}={speed}") for name, speed in plan.links.items())
+    return link_table(plan.links)
 
 
 def _check(plan: Plan, where: str) -> None:
     """What types cannot say."""
-    names = [block.name for block in plan.block]
+    if not plan.block and not plan.loading:
+        raise PlanError(f"{where} measures nothing: add a [[block]] or a [[loading]] table")
+    names = [table.name for table in (*plan.block, *plan.loading)]
     if len(set(names)) < len(names):
         raise PlanError(f"{where}: two blocks are called {max(names, key=names.count)!r}; give each its own name")
     for block in plan.block:
@@ -257,6 +310,11 @@ def _check(plan: Plan, where: str) -> None:
             _check_block(block)
         except UsageError as error:
             raise PlanError(f"{where}: block {block.name!r}: {error}") from error
+    for table in plan.loading:
+        try:
+            check_loading(table)
+        except UsageError as error:
+            raise PlanError(f"{where}: loading {table.name!r}: {error}") from error
     try:
         check_quality(plan.quality)
         link_speeds(plan)
@@ -264,16 +322,24 @@ def _check(plan: Plan, where: str) -> None:
             parse_bytes(plan.engine.kv_offloading)
     except UsageError as error:
         raise PlanError(f"{where}: {error}") from error
+    if plan.paper is not None and plan.paper not in PAPERS:
+        raise PlanError(f"{where}: paper = {plan.paper!r} is not known; known: {', '.join(PAPERS)}")
     if plan.onoff and list(plan.onoff.output_tokens) != sorted(set(plan.onoff.output_tokens)):
         raise PlanError(f"{where}: onoff.output_tokens = {list(plan.onoff.output_tokens)} must grow")
 
 
 def _check_block(block: Block) -> None:
-    axes = ("strategies", "models", "budgets", "request_rates", "concurrency", "context_lengths", "memory")
+    axes = ("strategies", "models", "budgets", "request_rates", "concurrency", "context_lengths", "memory", "tiers",
+            "links", "ttl_s", "idle_ttl_s")  # fmt: skip
     for axis in axes:
         values = getattr(block, axis)
-        if len(set(values)) < len(values):
-            raise PlanError(f"{axis} names {max(values, key=values.count)!r} twice")
+        again = next((value for i, value in enumerate(values) if value in values[:i]), None)
+        if again is not None:
+            raise PlanError(f"{axis} names {again!r} twice")
+    for tiers in block.tiers:
+        check_tiers(tiers)
+    for links in block.links:
+        link_table(links)
     traced = isinstance(block.workload, TraceFile)
     if "trace" in block.request_rates and not traced:
         raise PlanError('request rate "trace" needs a workload of kind "trace"')

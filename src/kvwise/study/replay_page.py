@@ -46,8 +46,17 @@ Printed by `python -m kvwise.study.replay_page FOLDER` from the traces of Moonca
 20 and 8 minutes) and of 120 coding-agent sessions (callanjfox/kv-cache-tester, start times composed), both Apache-2.0.
 """
 
-_READING = """
-TODO
+_READING = """\
+**What they say.** The size of the tier decides far more than the policy does, and `lru` is within about a point of the
+best in every tier that holds what is in use; in one that is much too small, `arc` gains most where sessions come back
+(agents) and `s3fifo` where many prompts never do (chat), and everything stays far below the bound. `lfu` and `sieve`
+can lose nearly all hits once what was popular is over: the one never forgets a count, and the hand of the other keeps
+circling among the newest blocks, since here a new block is seldom hit before the hand returns.
+
+**How to choose.** Take `lru`, with prompts offered last block first, as kvwise's device pool does. Try `arc` for a
+tier that is small against what is in use. Take `fifo` where no hit should cost anything. `gdsf` weighs how dear a deep
+block is to compute; these ratios do not count that, and they show its price: a deep block that stays while one before
+it leaves is no hit. Then replay a trace of your own: `replay_file` in `kvwise.study.replay`.
 """
 
 

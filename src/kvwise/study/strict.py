@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,7 +12,15 @@ from kvwise.core.errors import PlanError
 class Strict(BaseModel):
     """A frozen table that refuses unknown keys."""
 
+    ADDED: ClassVar[tuple[str, ...]] = ()  # keys that came after the first plans were recorded
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def facts(self) -> dict[str, Any]:
+        """The table as JSON values, without later keys that say nothing: so that old ids and hashes stay the same."""
+        fields = type(self).model_fields
+        silent = {key for key in self.ADDED if getattr(self, key) == fields[key].default}
+        return self.model_dump(mode="json", exclude=silent)
 
 
 Table = TypeVar("Table", bound=Strict)

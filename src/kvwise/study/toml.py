@@ -11,10 +11,12 @@ _TABLES = ("slo", "quality", "onoff", "engine", "links", "workload", "load")
 def to_toml(plan: Plan) -> str:
     """The plan as TOML that `read_plan_text` reads back to an equal plan."""
     data = plan.model_dump(mode="json", exclude_none=True)
-    blocks = data.pop("block")
+    blocks, loading = data.pop("block"), data.pop("loading")
     lines = _table(data, "")
     for block in blocks:
         lines += ["", "[[block]]", *_table(block, "block")]
+    for table in loading:
+        lines += ["", "[[loading]]", *_table(table, "loading")]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 

@@ -44,7 +44,8 @@ class ObjectStore:
     `timeout_s` is the deadline of one call, whatever the number of its items, of which `max_concurrency` are under
     way at once: what is not done by then is LATE. A request that hangs keeps one of these places until obstore's own
     timeout (30 s), and what waits for a place is dropped at its deadline, so that nothing piles up. A write that is
-    late may still arrive; it is whole, and a scan finds it. An object of more than `max_record_bytes` is refused before it is received, and never written.
+    late may still arrive; it is whole, and a scan finds it. An object of more than `max_record_bytes` is refused
+    before it is received, and never written.
 
     An object store cannot overwrite bytes in place, and may keep versions: `wipes` is False, and `delete(wipe=True)`
     only deletes. Nor does it forget by itself: what has expired is deleted from above, or by a rule of the bucket.
@@ -169,7 +170,7 @@ class ObjectStore:
 
     def _guarded(self, job: Callable[[A], R | Fault], item: A) -> R | Fault:
         try:
-            return self._off() if self._closed else job(item)
+            return job(item)
         except FileNotFoundError:
             return Fault(FaultKind.MISSING)
         except self._backend.errors as error:
@@ -203,7 +204,7 @@ class ObjectStore:
         try:
             got = obstore.get(self._backend.store, path, options={"range": span} if start or stop else None)
         except self._backend.errors as error:
-            if start == 0 or isinstance(error, FileNotFoundError) or not _BEHIND.search(str(error)):
+            if isinstance(error, FileNotFoundError) or not _BEHIND.search(str(error)):
                 raise
             return memoryview(b"")
         if got.meta["size"] > self._max_bytes:
@@ -255,7 +256,7 @@ class ObjectStore:
         detail = f"{name}, status {status[1]}" if status else name
         if _FULL.search(text):
             return Fault(FaultKind.FULL, detail)
-        return Fault(FaultKind.LATE if not status and _LATE.search(text) else FaultKind.IO_ERROR, detail)
+        return Fault(FaultKind.LATE if _LATE.search(text) else FaultKind.IO_ERROR, detail)
 
     def _off(self) -> Fault:
         return Fault(FaultKind.OFF, f"{self.name} is closed")

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,8 @@ from kvwise.core.errors import UsageError
 from kvwise.core.layout import KVLayout
 from kvwise.tiers.codec.cachegen import CacheGenCodec
 from kvwise.tiers.codec.catalogue import codecs, is_lossless, make_codec
-from kvwise.tiers.codec.int4z import Int4z
+from kvwise.tiers.codec.int4 import Int4
+from kvwise.tiers.codec.int4z import ZSTD, Int4z, Int4zOptions
 from tests.tiers.codec.codec_samples import SHAPE, back, blocks, lossy, round_trip, segments
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=32)
@@ -106,7 +108,12 @@ def test_a_segment_cut_anywhere_is_refused(spec: str) -> None:
 def targets() -> list[tuple[Any, int, bytes]]:
     """Each lossy codec at each level, with a segment it wrote."""
     keys, values = (tensor[0] for tensor in blocks(1))
-    return [(c, level, segments(c, keys, values, level)[0]) for c in lossy() for level in range(len(c.levels))]
+    found = [(c, level, segments(c, keys, values, level)[0]) for c in lossy() for level in range(len(c.levels))]
+    wide = Int4z(Int4zOptions(group=SHAPE[3]))  # its zstd form, which blocks of this size are too small for
+    kept = segments(wide, keys, values)[0]
+    start = len(segments(Int4(), keys, values)[0]) - keys[0].numel()
+    zipped = pyarrow.Codec("zstd").compress(kept[start : start + keys[0].numel()].ljust(keys[0].numel()), asbytes=True)
+    return [*found, (wide, 0, kept[:2] + bytes([ZSTD]) + kept[3:start] + zipped)]
 
 
 @settings(max_examples=120, deadline=None)

@@ -135,6 +135,9 @@ def test_scales_that_no_encoder_writes_are_refused(codec: Any, half: int) -> Non
     part[4:6] = struct.pack("<H", half)
     with pytest.raises(ValueError, match="a scale is negative or no number"):
         back(codec, [bytes(part)], keys)
+    part[4:6] = struct.pack("<e", 60000)
+    with pytest.raises(ValueError, match="a group reaches beyond"):
+        back(codec, [bytes(part)], keys)
     for power in (107, -101):
         with pytest.raises(ValueError, match="no layer is scaled"):
             back(codec, [struct.pack("<b", power) + bytes(part[1:])], keys)

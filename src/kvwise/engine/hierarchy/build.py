@@ -13,6 +13,7 @@ from kvwise.core.layout import KVLayout
 from kvwise.core.tiering import TierSpec
 from kvwise.engine.hierarchy.device import DeviceBlocks
 from kvwise.engine.hierarchy.hierarchy import Hierarchy
+from kvwise.engine.hierarchy.names import tag_text
 from kvwise.engine.hierarchy.tier import Tier
 from kvwise.tiers.arena import Arena
 from kvwise.tiers.base import ByteStore
@@ -84,7 +85,8 @@ def make_hierarchy(
     config: EngineConfig, codec: Codec, arena: Arena, cache: CacheManager, identity: Identity, clock: Clock
 ) -> Hierarchy:
     """Open all tiers of a configuration over one device pool."""
-    tiers = [make_tier(spec, arena.layout, clock, config.links) for spec in config.tiers]
+    quotas = {tag_text(tenant): limit for tenant, limit in config.tenant_quotas.items()}
+    tiers = [make_tier(spec, arena.layout, clock, config.links, quotas) for spec in config.tiers]
     return Hierarchy(
         tiers,
         codec,

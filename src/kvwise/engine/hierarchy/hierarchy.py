@@ -91,6 +91,7 @@ class Hierarchy:
         self._store_after = store_after
         self._most_held = most_held
         self._num_held = 0
+        self._cancelled: set[bytes] = set()  # purged while on their way down, behind a tier that hangs
         self._done: deque[Blocks] = deque()
         self._uses: OrderedDict[bytes, int] = OrderedDict()
         self._ahead: dict[str, list[bytes]] = {}  # request -> keys held for it in the first tier
@@ -193,7 +194,11 @@ class Hierarchy:
             for level in range(len(self.codec.levels)):
                 headers = [self._header(offer, i, terms, level) for i in range(len(offer.blocks))]
                 sealed = seal_blocks(self.codec, level, headers, keys, values, places)
-                items = [self._item(header, pieces, terms) for header, pieces in zip(headers, sealed, strict=True)]
+                items = [
+                    self._item(header, pieces, terms)
+                    for header, pieces in zip(headers, sealed, strict=True)
+                    if header.key not in self._cancelled
+                ]
                 for tier in self.tiers if self._through else self.tiers[:1]:
                     tier.write(items)
         finally:
@@ -274,6 +279,8 @@ class Hierarchy:
             blocks = self._done.popleft()
             self._num_held -= len(blocks)
             self._let_go(blocks)
+        if self._cancelled and not len(self._saver):
+            self._cancelled.clear()
         for tier in self.tiers:
             tier.expire()
         if not len(self._fetcher) and any(not tier.is_well or tier.has_overdue for tier in self.tiers):
@@ -293,8 +300,9 @@ class Hierarchy:
 
         What that was, tier by tier. Blocks on their way down are waited for, so that none comes after.
         """
-        self.flush()
         names = [self.record_key(key, level) for key in keys for level in range(len(self.codec.levels))]
+        if not self.flush():
+            self._cancelled.update(names)
         report = []
         for tier in self.tiers:
             also = tier.keys_where(None if everything or tenant is None else tag_text(tenant))

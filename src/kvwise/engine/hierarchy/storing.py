@@ -37,8 +37,11 @@ class Storing:
         self._offer(sequence, last_call=True)
 
     def _offer(self, sequence: Seq, *, last_call: bool) -> None:
-        full, first = sequence.num_computed // self._size, sequence.num_offered
-        if full <= first or sequence.row is None or sequence.settled or sequence.num_prompt < self._min_tokens:
+        if sequence.row is None or sequence.settled or sequence.num_prompt < self._min_tokens:
+            return
+        # What is committed, which is less than what was computed where a step went wrong.
+        full, first = int(self._cache.num_computed[sequence.row]) // self._size, sequence.num_offered
+        if full <= first:
             return
         chain = self._cache.chain(sequence.row)
         if self._cache.holds_pages(sequence.row) or chain.private:

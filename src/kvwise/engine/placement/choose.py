@@ -84,7 +84,7 @@ def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, c
 def _check_tiers(strategy: Strategy, config: EngineConfig) -> None:
     """Links that exist, and tiers together with a method that uses them."""
     assert isinstance(strategy.loading, Loading)
-    known = sorted({*LINKS, *link_names(config.tiers)})
+    known = list(dict.fromkeys([*LINKS, *link_names(config.tiers)]))
     unknown = sorted(set(config.links) - set(known))
     if unknown:
         raise UsageError(f"no link is called {unknown[0]!r}; links: {', '.join(known)}")
@@ -145,6 +145,7 @@ def _manager(
         identity=identity,
         policy=LRU(num_blocks),
         clock=clock,
+        quotas={t: max(1, limit // layout.block_bytes) for t, limit in config.tenant_quotas.items()} if sharing else {},
     )
 
 

@@ -18,11 +18,11 @@ class Cake(Loading):
     I/O takes chunks of `chunk` tokens from the last stored block backward; computing takes what the step's budget
     leaves, from the first block forward. Computing a token costs more the further back it stands and loading it does
     not, so each side does what is cheap for it. Neither side ever waits for the other, hence the time to have the
-    prefix is at most that of the quicker side alone plus what was begun last.
+    prefix is at most that of the quicker side alone plus what was begun last (one step or one chunk).
 
-    `escape` adds three exceptions to the paper's rule, which each save time that it would waste (its Table 6 loses 20
-    % to plain loading where little of the device is free). None lets a wrong guess starve a side: guesses alone never
-    decide unless one side should be `DOUBT` times quicker, and nothing is decided while nothing was measured.
+    `escape` adds three exceptions to the paper's rule, which loses 20 % to plain loading in its own Table 6, where
+    little of the device is free. None lets a wrong guess starve a side: guesses alone decide only if one side should
+    be so much quicker that being `DOUBT` times off would not matter, and while nothing is known both sides run.
 
     * *Computing waits* when one more step would end after the rest should have been loaded.
     * *Loading ends* when the next chunk should arrive after everything is computed. (Smaller chunks near the meeting
@@ -46,11 +46,11 @@ class Cake(Loading):
         """Both, unless an exception holds at once."""
         if outlook.stop <= outlook.first:
             return Decision.COMPUTE
+        if not self.escape:
+            return Decision.BOTH
         none = np.zeros(outlook.stop - outlook.first, np.bool_)
         start = Reckoning(outlook, Progress(outlook.first, none, none))
         left = missing(outlook, start.progress)
-        if not self.escape:
-            return Decision.BOTH
         if self._waits(start, left):
             return Decision.LOAD
         return Decision.COMPUTE if self._comes_too_late(start, left) else Decision.BOTH

@@ -29,7 +29,7 @@ def first_run(outlook: Outlook, blocks: Blocks, most: int) -> tuple[int, int]:
 
 
 def last_run(outlook: Outlook, blocks: Blocks, most: int) -> tuple[int, int]:
-    """The trailing ones."""
+    """The trailing blocks [start, stop) of which the same holds."""
     start = stop = int(blocks[-1]) + 1
     tier = outlook.tiers[stop - 1 - outlook.first]
     for block in blocks[: -most - 1 : -1].tolist():
@@ -51,7 +51,7 @@ class Reckoning:
     progress: Progress
 
     def transfer_s(self, tier: str, num_bytes: float) -> float | None:
-        """Seconds of one transfer."""
+        """Seconds of one transfer. What another tier's chunk took tells nothing about this one."""
         guess, known = self.outlook.seconds_to_load(tier, round(num_bytes)), self.progress
         if not known.last_bytes or known.last_tier not in (None, tier):
             return guess
@@ -102,12 +102,17 @@ class Reckoning:
 
     def _by_tier(self, blocks: Blocks) -> dict[str, tuple[int, int]]:
         """Number and bytes of `blocks` in each tier."""
-        sizes = np.asarray(self.outlook.num_bytes)[blocks - self.outlook.first]
-        names = [self.outlook.tiers[index] for index in (blocks - self.outlook.first).tolist()]
-        if len(set(names)) == 1:
-            return {names[0]: (len(blocks), int(sizes.sum()))}
-        tiers = np.array(names)
-        return {t: (int((tiers == t).sum()), int(sizes[tiers == t].sum())) for t in dict.fromkeys(names)}
+        at = (blocks - self.outlook.first).tolist()
+        tiers, sizes = self.outlook.tiers, self.outlook.num_bytes
+        if at[-1] - at[0] + 1 == len(at):  # before each step, and of thousands of blocks: no loop if it can be helped
+            span = slice(at[0], at[-1] + 1)
+            if len(set(tiers[span])) == 1:
+                return {tiers[at[0]]: (len(at), sum(sizes[span]))}
+        found: dict[str, tuple[int, int]] = {}
+        for index in at:
+            count, num_bytes = found.get(tiers[index], (0, 0))
+            found[tiers[index]] = (count + 1, num_bytes + sizes[index])
+        return found
 
 
 def _mended(guess: float | None, usual: float | None, amount: float, measured: float, seconds: float) -> float:

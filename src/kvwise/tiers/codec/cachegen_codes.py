@@ -216,7 +216,8 @@ def _restore(codes: Small, scales: Floats, steps: int) -> Floats:
 
 def _scales(codes: Codes, part: int) -> Floats:
     """Scales [block_size] of keys (0) or values (1), their power of two included."""
-    scales: Floats = codes.scales[part].astype(np.float32)
-    if not (np.isfinite(scales).all() and scales.min(initial=0) >= 0):
+    halves = codes.scales[part]
+    if not (np.isfinite(halves).all() and halves.min(initial=0) >= 0):
         raise ValueError("a scale is negative or no number")
-    return scales * power(codes.exponents[part])
+    scales: Floats = halves.astype(np.float32) * power(codes.exponents[part])
+    return scales

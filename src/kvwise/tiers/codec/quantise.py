@@ -188,12 +188,13 @@ def restore(grid: Grid, groups: Groups, top: int, keys: Tensor, values: Tensor) 
         (1, 2, groups.value_shape, slice(num_keys, None), values),
     )
     for part, axis, shape, own, out in parts:
-        unit = power(grid.exponents[part])
-        scale = grid.scales[own].astype(np.float32).reshape(shape) * unit
-        zero = grid.zeros[own].astype(np.float32).reshape(shape) * unit
-        # The negation also refuses NaN.
-        if not (scale.min(initial=0) >= 0 and np.isfinite(zero + scale * top).all()):
+        unit, scales, zeros = power(grid.exponents[part]), grid.scales[own], grid.zeros[own]
+        if not (np.isfinite(scales).all() and np.isfinite(zeros).all() and scales.min(initial=0) >= 0):
             raise ValueError("a scale is negative or no number")
+        scale, zero = (halves.astype(np.float32).reshape(shape) for halves in (scales, zeros))
+        if max(-zero.min(initial=0), (zero + scale * top).max(initial=0)) > 2 << _TOP:
+            raise ValueError(f"a group reaches beyond 2^{_TOP + 1} before it is scaled")
+        scale, zero = scale * unit, zero * unit
         numbers = groups.split(grid.codes[part].reshape(out.shape), axis).astype(np.float32)
         numbers *= scale
         numbers += zero
