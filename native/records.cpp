@@ -11,7 +11,6 @@ namespace kvwise {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kExpected = 0;
 constexpr char kMagic[8] = {'K', 'V', 'W', 'I', 'S', 'E', 0, 1};
 
 struct [[gnu::packed]] Entry {
@@ -30,11 +29,6 @@ int64_t header_bytes(const BlockShape& shape) {
 }
 int64_t segment_bytes(const BlockShape& shape) {
     return shape.key_bytes + shape.value_bytes;
-}
-
-// Asks for the start of a run that will be read next: the memory sees it coming only after some lines.
-void expect(const char* start, int64_t num_bytes) {
-    for (int64_t i = 0; i < std::min<int64_t>(num_bytes, kExpected); i += 64) __builtin_prefetch(start + i);
 }
 
 bool all_zero(const char* p, int64_t n) {
@@ -77,8 +71,6 @@ void seal_block(const InstructionSet& set, const BlockShape& shape, const FixedH
     std::memcpy(header.data(), &fixed, sizeof fixed);
     char* segment = record + size;
     for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
-        expect(values + layer * shape.value_stride, shape.value_bytes);
-        if (layer + 1 < shape.num_layers) expect(keys + (layer + 1) * shape.key_stride, shape.key_bytes);
         const Piece pieces[2] = {{keys + layer * shape.key_stride, segment, shape.key_bytes},
                                  {values + layer * shape.value_stride, segment + shape.key_bytes, shape.value_bytes}};
         const Entry entry{uint64_t(length), copy_and_digest(set, pieces, 2, streaming)};

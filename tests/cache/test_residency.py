@@ -127,6 +127,19 @@ def test_held_blocks_are_no_victims_and_holds_are_counted(index):
     assert index.store(KEYS[6], size=40) == [D, B, E, A], "let go last is used last"
 
 
+def test_a_block_both_held_and_pinned_leaves_only_after_both_end(index):
+    index.store(A, B, C, D)
+    for end_first, end_last in ((index.let_go, index.unpin), (index.unpin, index.let_go)):
+        index.hold([A])
+        index.pin([A])
+        end_first([A])
+        index.check()
+        assert index.reserve([Entry(E, 40)]).granted == [False]
+        end_last([A])
+        index.check()
+    assert index.store(E, size=40) == [B, C, D, A]
+
+
 def test_a_block_that_comes_while_it_is_wanted_is_held(index):
     index.hold([A])
     index.store(A, B, C, D)

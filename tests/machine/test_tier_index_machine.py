@@ -118,7 +118,7 @@ class TierIndexMachine(RuleBasedStateMachine):
                 kept.deadline, kept.order = kept.entry.terms.deadline(self.clock.now()), self.order
                 assert kept.deadline <= kept.entry.terms.expires_at
 
-    @rule(keys=somekeys)
+    @rule(keys=st.lists(st.sampled_from(KEYS[:4]), min_size=1, unique=True))
     def hold(self, keys: list[bytes]) -> None:
         self.index.hold(keys)
         for key in keys:

@@ -47,6 +47,7 @@ class NaiveCache:
         self.order: list[int] = []  # first to leave first, where frequency does not matter
         self.count: dict[int, int] = {}
         self.touched: dict[int, float] = {}
+        self.num_found = 0
 
     def alive(self, block: int, now: float) -> bool:
         return block in self.touched and (
@@ -54,6 +55,7 @@ class NaiveCache:
         )
 
     def visit(self, block: int, now: float) -> None:
+        self.num_found += self.alive(block, now)
         if block not in self.touched:
             if len(self.order) == self.capacity:
                 gone = min(self.order, key=self.count.__getitem__) if self.policy == "lfu" else self.order[0]
@@ -99,13 +101,14 @@ def test_counts_equal_those_of_a_naive_cache(policy: str, capacity: int, reverse
 @pytest.mark.parametrize("capacity", [1, 3, 20, 60])
 def test_every_policy_sees_its_blocks_one_by_one(policy: str, capacity: int) -> None:
     requests = chats(5)
-    book = Cache(make_policy(policy, capacity), capacity, depth_of=lambda content: 0)
+    depths = {block: 2048 * depth for r in requests for depth, block in enumerate(r.hash_ids)}
+    book = Cache(make_policy(policy, capacity), capacity, depths.__getitem__)
     hits = []
     for r in requests:
         hits.append([*(block in book.block_of for block in r.hash_ids), False].index(False))
         for block in r.hash_ids:
             book.access(block)
-    result = replay(requests, policy, capacity, block_size=1)  # so short that all depths cost the same
+    result = replay(requests, policy, capacity, block_size=16 * 2048)  # policies count depth in blocks of 16 tokens
     assert result.num_hit_blocks == sum(hits)
 
 
@@ -114,16 +117,25 @@ def test_every_policy_sees_its_blocks_one_by_one(policy: str, capacity: int) -> 
 def test_a_ttl_slides_with_every_touch(capacity: int | None, ttl_s: float) -> None:
     for seed in range(3):
         requests = chats(seed)
-        hits = naive_hits(requests, NaiveCache("lru", capacity, ttl_s))
+        book = NaiveCache("lru", capacity, ttl_s)
+        hits = naive_hits(requests, book)
         result = replay(requests, "lru", capacity, ttl_s, block_size=BLOCK)
         assert (result.num_hit_blocks, result.num_hit_tokens) == (sum(hits), tokens(requests, hits))
         assert result.num_expired > 0 or capacity is not None
+        assert result.num_found == book.num_found
+        assert result.num_resident == sum(book.alive(block, requests[-1].arrival_s) for block in book.order)
 
 
 def test_the_last_moment_of_a_ttl_is_a_hit_and_the_next_millisecond_is_none() -> None:
     at = [TraceRequest(t, BLOCK, 1, (7,)) for t in (0.3, 60.3, 120.301, 120.301)]
     assert replay(at, "lru", None, 60, block_size=BLOCK).num_hit_blocks == 2
     assert replay(at[:2], "lru", 5, 60, block_size=BLOCK).num_hit_blocks == 1
+
+
+def test_a_partial_last_block_counts_its_own_tokens() -> None:
+    twice = [TraceRequest(t, BLOCK + 5, 1, (0, 1)) for t in range(2)]
+    assert replay(twice, "lru", 2, block_size=BLOCK).num_hit_tokens == BLOCK + 5
+    assert belady(twice, 2, block_size=BLOCK).num_hit_tokens == BLOCK + 5
 
 
 def test_operations_are_look_ups_up_to_the_first_miss_and_one_visit_a_block() -> None:
@@ -214,6 +226,7 @@ def test_a_file_gives_one_row_for_every_combination(tmp_path: Path) -> None:
     assert named[:2] == [("infinite", None, None), ("infinite", None, 4)]
     assert named[2:7] == [("lru", 8, None), ("lru", 8, 4), ("sieve", 8, None), ("sieve", 8, 4), ("belady", 8, None)]
     assert len(rows) == 12
+    assert [row["policy"] for row in replay_file(path, ["fifo"], [8], block_size=BLOCK)] == ["fifo"]
     assert all(a["token_hit_ratio"] >= b["token_hit_ratio"] for a, b in pairwise(rows[:2]))
     assert rows == replay_file(path, ["lru", "sieve", BELADY], [None, 8, 60], [None, 4], block_size=BLOCK)
 

@@ -229,6 +229,29 @@ def test_every_flipped_bit_on_the_medium_is_a_miss(folder: Path) -> None:
             segment.touch()
 
 
+def test_a_length_that_is_not_what_was_written_is_refused(folder: Path, store: DiskStore) -> None:
+    put(store, 1)
+    with segments(folder)[0].open("r+b") as file:
+        record = bytearray(sample(1))
+        record[16] ^= 64  # of the record's length
+        file.write(record)
+    assert kinds(store, 1) == [FaultKind.CORRUPT]
+
+
+def test_a_record_in_the_body_of_a_dead_one_does_not_come_to_life(folder: Path, system: Broken) -> None:
+    """Where holes cannot be dug, the body of a deleted record lies on: the tombstone says how far."""
+    system.errors["punch"] = errno.EOPNOTSUPP
+    first = pieces_of(1, 1, 20_000)
+    body = bytes(PAGE - len(first[0])) + sample(2) + bytes(20_000)  # begins at a page
+    with closing(DiskStore(folder, system=system)) as store:
+        put(store, 3)
+        assert store.write([(key_of(1), seal(header_of(1), [[body]]))]) == [None]
+        assert store.delete([key_of(1)]) == [None]
+    assert sample(2) in segments(folder)[0].read_bytes()
+    with closing(DiskStore(folder, system=system)) as store:
+        assert keys(store) == [key_of(3)]
+
+
 @pytest.mark.parametrize("content", [b"", b"\x00" * 9000, pickle.dumps({"a": 1}) * 400, MARKER_TEXT, os.urandom(8192)])
 def test_what_is_no_record_is_removed_from_a_segment(folder: Path, content: bytes) -> None:
     segment = written(folder, 1)
@@ -684,6 +707,17 @@ def test_two_at_once_see_each_others_records(folder: Path, clock: VirtualClock) 
         assert len(segments(folder)) == 2
 
 
+def test_a_file_that_another_process_appended_to_is_not_removed(folder: Path, clock: VirtualClock) -> None:
+    with closing(DiskStore(folder, clock=clock)) as one:
+        with closing(DiskStore(folder, clock=clock)) as two:
+            put(two, 1)
+            assert kinds(one, 1) == [True]
+            put(two, 2)
+        assert one.delete([key_of(1)]) == [None]  # all that it knows of in that file
+    with closing(DiskStore(folder)) as store:
+        assert kinds(store, 1, 2) == [FaultKind.MISSING, True]
+
+
 def test_of_two_copies_the_one_stored_last_stays(folder: Path) -> None:
     """Two processes stored the same key; a wipe in one of them finds both."""
     old = seal(header_of(1), [[b"old" * 2000]])
@@ -716,13 +750,13 @@ def run(script: str, *arguments: object) -> str:
 def test_two_processes_on_one_folder(folder: Path) -> None:
     """Both write, read, delete and reopen at random; neither ever reads a byte that its key does not say."""
     with closing(Worker(folder)) as one, closing(Worker(folder)) as two:
-        one.start(1, 100)
-        two.start(2, 100)
+        one.start(1, 60)
+        two.start(2, 60)
         assert [one.end(), two.end()] == [0, 0]
     with closing(DiskStore(folder)) as store:
         found = [read_header(view) for view in store.scan()]
         slots = {header.key: pages(header.record_bytes) for header in found}
-        assert len(slots) > 10
+        assert len(slots) > 3
         assert store.num_bytes() == sum(slots.values())
         got = store.read([Extent(key) for key in slots])
         numbers = {header.key: header.depth for header in found}

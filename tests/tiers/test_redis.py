@@ -467,7 +467,7 @@ def test_a_scan_gives_long_headers_and_nothing_twice(
     def repeating(commands: Any, *args: Any, **kwargs: Any) -> Any:
         """As while the server grows its table: the first name comes again and again."""
         answers = real(commands, *args, **kwargs)
-        if isinstance(answers[0], list):
+        if answers and isinstance(answers[0], list):
             steps.append(answers[0][1])
             answers[0][1] = [*answers[0][1], steps[0][0], steps[0][0]]
         return answers

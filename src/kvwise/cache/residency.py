@@ -3,45 +3,25 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from math import inf
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvwise.cache.deadlines import Deadlines
+from kvwise.cache.entry import Entry, Reservation
 from kvwise.cache.misses import Ledger, Miss, MissReason, RemovalReason
 from kvwise.cache.proof import require
+from kvwise.cache.residency_check import check_keys, check_slots
 from kvwise.cache.slots import Slots
-from kvwise.cache.slots_check import check_slots
-from kvwise.cache.terms import NO_LIMIT, Terms
 from kvwise.core.clock import Clock
 from kvwise.core.errors import UsageError
 from kvwise.policies.base import Blocks
 from kvwise.policies.catalogue import make_policy
 
+__all__ = ["Entry", "Reservation", "TierIndex"]
+
 Floats = npt.NDArray[np.float64]
 _MOST_REMEMBERED = 100_000  # departures, for miss reasons: about 20 MB
-
-
-class Entry(NamedTuple):
-    """A block at rest: its key (32 bytes), the bytes it takes, its index in its chain, and its terms as stored."""
-
-    key: bytes
-    num_bytes: int
-    depth: int = 0
-    terms: Terms = NO_LIMIT
-
-
-class Reservation(NamedTuple):
-    """Which entries may be written now (bool each), and what left for them: the caller deletes those bytes.
-
-    `victims` left for lack of room or quota, first to leave first, and may go to the next tier; `expired` were due and
-    may not.
-    """
-
-    granted: list[bool]
-    victims: list[Entry]
-    expired: list[Entry]
 
 
 class TierIndex:
@@ -271,17 +251,13 @@ class TierIndex:
 
     def check(self) -> None:
         """Prove that every count is exact and every entry in one state, else InvariantError. O(max_blocks)."""
-        entries = [(slot, entry) for slot, entry in enumerate(self._entry) if entry is not None]
-        ids = {entry.key: slot for slot, entry in entries}
-        require(len(ids) == len(entries), "a key stands in two slots")
-        require(self._slot_of | self._writing == ids, "the keys' slots differ from the slots' keys")
-        require(not self._slot_of.keys() & self._writing.keys(), "a key is resident and being written")
-        require(self._doomed <= self._writing.keys(), "removed in the midst of a write that is not under way")
-        require(all(count > 0 for count in self._holds.values()), "a hold of no one")
+        check_keys(self._slot_of, self._writing, self._entry, self._doomed)
+        entries = {slot: _wanted(entry) for slot, entry in enumerate(self._entry) if entry is not None}
         resident = np.zeros(self.max_blocks, np.bool_)
         resident[list(self._slot_of.values())] = True
         held = [slot for key, slot in self._slot_of.items() if key in self._holds]
-        check_slots(self._slots, {slot: _wanted(entry) for slot, entry in entries}, resident, held)
+        check_slots(self._slots, entries, resident, held)
+        require(all(count > 0 for count in self._holds.values()), "a hold of no one")
         require(not (np.isfinite(self._expiry.at) & ~resident).any(), "a deadline of an absent entry")
         require(not self._expiry.num_overlooked(), "a deadline that no sweep will find in time")
 

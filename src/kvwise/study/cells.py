@@ -11,7 +11,7 @@ from itertools import product
 
 from kvwise.core.errors import PlanError, StrategyError
 from kvwise.study.loading_section import BASE, Loading
-from kvwise.study.placement import Placement
+from kvwise.study.placement import NOWHERE, Placement
 from kvwise.study.plan import Block, Load, OnOff, Plan, TraceFile, Workload
 from kvwise.study.quality_section import Quality
 
@@ -51,7 +51,7 @@ class Cell:
     load: Load | None = None
     quality: Quality | None = None
     onoff: OnOff | None = None
-    placement: Placement = Placement()
+    placement: Placement = NOWHERE
     share: float = 1.0
     loading: Loading | None = None
     id: str = ""
@@ -169,7 +169,7 @@ def _all(plan: Plan) -> Iterator[Cell]:
     yield from _quality_cells(plan)
     yield from _loading_cells(plan)
     # Repeats outermost and strategies innermost: a slow minute of the machine then hits all strategies alike.
-    for repeat in range(max((block.repeats for block in plan.block), default=0))):
+    for repeat in range(max((block.repeats for block in plan.block), default=0)):
         for block in plan.block:
             if repeat < block.repeats:
                 yield from _live_cells(block, repeat)
@@ -204,9 +204,7 @@ def _quality_cells(plan: Plan) -> Iterator[Cell]:
 def _loading_cells(plan: Plan) -> Iterator[Cell]:
     for table in plan.loading:
         for model, context, share in product(table.models, table.context_lengths, table.compute_shares):
-            yield Cell(
-                CellKind.LOADING, table.name, model, BASE, BASE, context=context, share=share, loading=table
-            )
+            yield Cell(CellKind.LOADING, table.name, model, BASE, BASE, context=context, share=share, loading=table)
 
 
 def _live_cells(block: Block, repeat: int) -> Iterator[Cell]:
@@ -275,7 +273,7 @@ def _cell_id(cell: Cell, plan: Plan) -> str:
     """12 hex digits over the cell and whatever of the plan it depends on."""
     facts = {k: v for k, v in asdict(cell).items() if k not in ("id", "workload", "load", "quality", "onoff")}
     # What came later and says nothing is left out, so that cells recorded before it keep their ids.
-    for name, silent in (("placement", Placement()), ("share", 1.0), ("loading", None)):
+    for name, silent in (("placement", NOWHERE), ("share", 1.0), ("loading", None)):
         if getattr(cell, name) == silent:
             del facts[name]
     if cell.loading is not None:

@@ -8,7 +8,7 @@ from kvwise.core.clock import Clock
 from kvwise.core.output import EngineStats, RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.models.text import Tokenizer
-from kvwise.study.placement import Placement
+from kvwise.study.placement import NOWHERE, Placement
 from kvwise.tasks.language import Language
 
 # (index of the sample, index of the output token, raw logits [V] behind it)
@@ -174,9 +174,7 @@ class Bench(Protocol):
         """Load a model (once) and say what it is."""
         ...
 
-    def engine(
-        self, model: str, strategy: str, memory_bytes: int | None, placement: Placement = Placement()
-    ) -> EngineFace:
+    def engine(self, model: str, strategy: str, memory_bytes: int | None, placement: Placement = NOWHERE) -> EngineFace:
         """A fresh engine; `memory_bytes` is the size of its KV pool, None for its default."""
         ...
 

@@ -35,6 +35,7 @@ class Drive:
     samples: list[Sample] = field(default_factory=list)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     byte_seconds: dict[str, float] = field(default_factory=dict)
+    block_tokens: int = 16
     first: EngineStats | None = None
     last: EngineStats | None = None
 
@@ -49,6 +50,7 @@ class Pace:
     limit_s: float = 10.0
     sample_every_s: float = 0.02
     concurrency: int | None = None
+    block_tokens: int = 16
     open_loop: bool = True  # a request's arrival is its due time, also when it could only be sent later
 
 
@@ -74,7 +76,7 @@ class _Driver:
         self._running: dict[str, int] = {}
         self._ended: dict[int, float] = {}
         self._last_seen = 0.0
-        self._out = Drive(pace.clock.now())
+        self._out = Drive(pace.clock.now(), block_tokens=pace.block_tokens)
 
     def run(self) -> Drive:
         out, clock = self._out, self._pace.clock

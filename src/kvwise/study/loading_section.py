@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kvwise.core.errors import PlanError
+from kvwise.core.errors import PlanError, UsageError
 from kvwise.core.sizes import parse_link
 from kvwise.study.placement import check_tiers
 from kvwise.study.quality_section import Context
@@ -52,13 +52,17 @@ class Loading(Strict):
 
 
 def read_bandwidth(text: str) -> tuple[float, bool]:
-    """(1.5, True) for "1.5x" of the break-even, (bytes per second, False) for "20MB/s". UsageError if neither."""
+    """(1.5, True) for "1.5x" of the break-even, (bytes per second, False) for "20MB/s". PlanError if it is neither."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)x", text.strip())
-    if match is None:
-        return parse_link(f"a:b={text}")[1], False
-    if float(match[1]) <= 0:
+    try:
+        value = parse_link(f"a:b={text}")[1] if match is None else float(match[1])
+    except UsageError:
+        raise PlanError(
+            f"bandwidth {text!r} is none; write a speed such as 20MB/s, or 0.5x of the break-even"
+        ) from None
+    if value <= 0:
         raise PlanError(f"bandwidth {text!r} must be above 0")
-    return float(match[1]), True
+    return value, match is not None
 
 
 def check_loading(block: Loading) -> None:
@@ -71,14 +75,7 @@ def check_loading(block: Loading) -> None:
         raise PlanError(f"methods names {COMPUTE!r}, which is always measured: take it out")
     check_tiers([block.tier])
     for text in block.bandwidths:
-        try:
-            read_bandwidth(text)
-        except PlanError:
-            raise
-        except Exception as error:
-            raise PlanError(f"bandwidth {text!r} is none; write a speed such as 20MB/s, or 0.5x of the break-even") from (
-                error
-            )
+        read_bandwidth(text)
     small = min(block.compute_shares) * block.step_tokens
     if small < 1:
         raise PlanError(f"step_tokens={block.step_tokens} times a share of {min(block.compute_shares):g} is no token")

@@ -10,6 +10,7 @@ from kvwise.study.cells import REFERENCE, Cell, CellKind
 from kvwise.study.exam import Sitting
 from kvwise.study.face import Bench, ModelFacts, OnOffRun
 from kvwise.study.live import Pace, drive, warm_up
+from kvwise.study.loading import LoadingMeasure, NotIdentical
 from kvwise.study.plan import Plan, parse_memory
 from kvwise.study.quality import Reference, examine, reference
 from kvwise.study.rows import CellResult, live_result, onoff_result, quality_result
@@ -24,10 +25,6 @@ class IdleMethod(KvwiseError):
     """A strategy's method did nothing in a cell, so the cell would measure something else than it says."""
 
 
-class NotIdentical(KvwiseError):
-    """Two ways of generating that must agree did not."""
-
-
 class CellRunner:
     """Runs cells of one plan on one bench; what the full cache answered is kept while cells ask the same."""
 
@@ -36,6 +33,7 @@ class CellRunner:
         self._bench = bench
         self._kept: tuple[tuple[str, int], Reference, int] | None = None
         self._measures: dict[CellKind, Callable[[Cell], CellResult]] = {
+            CellKind.LOADING: LoadingMeasure(plan, bench).run,
             CellKind.LIVE: self._live,
             CellKind.QUALITY: self._quality,
             CellKind.ONOFF: self._onoff,
@@ -59,7 +57,7 @@ class CellRunner:
         _require_fit(jobs, facts)
         memory = memory_bytes(cell.memory, facts, [len(j.prompt) + j.output_tokens for j in jobs])
         assert cell.load is not None
-        with closing(self._bench.engine(cell.model, cell.strategy, memory)) as engine:
+        with closing(self._bench.engine(cell.model, cell.strategy, memory, cell.placement)) as engine:
             length = min(WARM_UP_TOKENS, min(len(j.prompt) for j in jobs))
             prompts = sample_prompts(length, cell.load.warmup_requests, seed=1, vocab_size=facts.vocab_size)
             warm_up(engine, prompts)
@@ -80,12 +78,14 @@ class CellRunner:
             limit_s=cell.load.time_limit_s,
             sample_every_s=cell.load.sample_every_s,
             concurrency=cell.concurrency,
+            block_tokens=self._plan.engine.block_size,
             open_loop=cell.rate != float("inf"),
         )
 
     def _require_work(self, cell: Cell, result: CellResult) -> None:
         row = result.tables["cells"][0]
-        idle = self._bench.idle_methods(cell.strategy, row["did"], row["tokens_reused"])
+        num_loads = sum(row.get("loads", {}).values())
+        idle = self._bench.idle_methods(cell.strategy, row["did"], row["tokens_reused"], num_loads)
         if idle:
             raise IdleMethod(
                 f"{' and '.join(idle)} did nothing in this cell (prompts too short for the budget, or nothing to share)"

@@ -9,8 +9,6 @@ from kvwise.core.options import read_call
 from kvwise.core.sizes import parse_link
 from kvwise.core.tiering import TierSpec, parse_tier
 
-NEVER = "never"  # the time to live of what has none, as a plan writes it
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -38,6 +36,9 @@ class Placement:
     def words(self) -> list[str]:
         """What is not as usual, in words."""
         return placement_words(self.tiers_text, self.links_text, self.ttl_s, self.idle_ttl_s)
+
+
+NOWHERE = Placement()
 
 
 def placement_words(tiers: str, links: str, ttl_s: float | None, idle_ttl_s: float | None) -> list[str]:

@@ -14,7 +14,7 @@ from kvwise.core.errors import PlanError, UsageError
 from kvwise.core.sizes import parse_bytes
 from kvwise.study.lengths import Lengths
 from kvwise.study.loading_section import Loading, check_loading
-from kvwise.study.placement import NEVER, Placement, check_tiers, link_table
+from kvwise.study.placement import Placement, check_tiers, link_table
 from kvwise.study.quality_section import Budget, Context, Quality, check_quality
 from kvwise.study.strict import Strict, read_table
 
@@ -132,8 +132,8 @@ class Block(Strict):
     memory: tuple[str, ...] = Field(default=("auto",), min_length=1)
     tiers: tuple[tuple[str, ...], ...] = Field(default=((),), min_length=1)
     links: tuple[dict[str, str], ...] = Field(default=({},), min_length=1)
-    ttl_s: tuple[Lifetime, ...] = Field(default=(NEVER,), min_length=1)
-    idle_ttl_s: tuple[Lifetime, ...] = Field(default=(NEVER,), min_length=1)
+    ttl_s: tuple[Lifetime, ...] = Field(default=("never",), min_length=1)
+    idle_ttl_s: tuple[Lifetime, ...] = Field(default=("never",), min_length=1)
     repeats: int = Field(default=1, ge=1, le=1000)
     quality: bool = True
     workload: Workload
@@ -302,7 +302,7 @@ def _check(plan: Plan, where: str) -> None:
     """What types cannot say."""
     if not plan.block and not plan.loading:
         raise PlanError(f"{where} measures nothing: add a [[block]] or a [[loading]] table")
-    names = [table.name for table in (*plan.block, *plan.loading)]
+    names = [block.name for block in plan.block] + [table.name for table in plan.loading]
     if len(set(names)) < len(names):
         raise PlanError(f"{where}: two blocks are called {max(names, key=names.count)!r}; give each its own name")
     for block in plan.block:

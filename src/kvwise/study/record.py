@@ -20,7 +20,8 @@ from kvwise.study.plan import Plan, plan_hash, read_plan
 from kvwise.study.rows import TABLES, CellResult, Row, Status, identity, schema
 from kvwise.study.toml import to_toml
 
-FORMAT = 2
+FORMAT = 3  # 3: columns of tiers and loading; they are empty in rows of format 2
+READABLE = (2, FORMAT)
 MARKER = "study.json"
 PLAN = "plan.toml"
 MAX_DEATHS = 2  # a cell during which the process died so often is recorded as failed instead of tried again
@@ -91,10 +92,10 @@ class StudyFolder:
         if marked is None:
             return None
         found, version = marked
-        if version != FORMAT:
+        if version not in READABLE:
             raise UsageError(
-                f"{self.path} was written in format {version}; this kvwise reads format {FORMAT}: choose another with "
-                f"--output, or read it with the kvwise that wrote it"
+                f"{self.path} was written in format {version}; this kvwise reads formats 2 and {FORMAT}: choose another "
+                f"with --output, or read it with the kvwise that wrote it"
             )
         return found
 
@@ -205,7 +206,7 @@ class StudyFolder:
 def set_aside(path: Path, plan: Plan) -> Path | None:
     """Rename a study of another plan or format at `path` to `path.1`, ...; None if there was none to rename."""
     found = StudyFolder(path).marked()
-    if found is None or found == (plan_hash(plan), FORMAT):
+    if found is None or (found[0] == plan_hash(plan) and found[1] in READABLE):
         return None
     number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{n}").exists())
     target = path.with_name(f"{path.name}.{number}")

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +13,8 @@ from kvwise.study.cells import Cell
 from kvwise.study.face import ModelFacts, OnOffRun
 from kvwise.study.live import Drive, Sample
 from kvwise.study.quality import Examined, Marked
+from kvwise.study.tier_rows import LOAD_REPORT, Row, load_columns, load_report, tier_columns
 from kvwise.study.workloads import Job
-
-Row = dict[str, Any]
 
 _TEXT, _REAL, _WHOLE, _FLAG = pa.string(), pa.float64(), pa.int64(), pa.bool_()
 _COUNTS = pa.map_(_TEXT, _WHOLE)
@@ -47,9 +45,14 @@ IDENTITY = {
     "memory": _TEXT,
     "repeat": _WHOLE,
     "workload": _TEXT,
+    "tiers": _TEXT,  # this and all below: null in rows that are older than they are, and where there is none
+    "throttles": _TEXT,  # links that this condition throttles, on top of the plan's
+    "ttl_s": _REAL,
+    "idle_ttl_s": _REAL,
+    "compute_share": _REAL,  # of a step's tokens; of loading cells
 }
 _ATTESTED = ("tokens_seen", "tokens_computed", "tokens_reused", "tokens_dropped", "tokens_fetched",
-             "fetch_candidates", "bytes_freed", "bytes_fetched")  # fmt: skip
+             "fetch_candidates", "bytes_freed", "bytes_fetched", "tokens_loaded")  # fmt: skip
 TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
     "cells": {
         "status": _TEXT,  # done | failed
@@ -76,6 +79,15 @@ TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
         "tokens_reused": _WHOLE,
         "num_parameters": _WHOLE,
         "kv_token_bytes": _WHOLE,
+        "tier_hits": _COUNTS,  # per tier below the device: blocks found at admissions
+        "tier_misses": _COUNTS,  # blocks looked up there and not found, up to the first that no tier had
+        "tier_hit_ratio": pa.map_(_TEXT, _REAL),  # hits / (hits + misses)
+        "tier_token_share": pa.map_(_TEXT, _REAL),  # of the prompt tokens looked up: found on the device, or in a tier
+        "tier_bytes": _COUNTS,  # at the end
+        "tier_faults": _COUNTS,
+        "loads": _COUNTS,  # decision -> requests: compute, load, both
+        "mean_regret_s": _REAL,  # of those requests, against the better fixed choice
+        "tokens_loaded": _WHOLE,
     },
     "requests": {
         "request": _WHOLE,
@@ -95,6 +107,24 @@ TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
         "error": _TEXT,
         **dict.fromkeys(_ATTESTED, _WHOLE),
         "did": _COUNTS,
+        "miss": _TEXT,  # why the first block that was computed was not found
+        **LOAD_REPORT,
+    },
+    "loads": {
+        "method": _TEXT,
+        "bandwidth": _TEXT,  # as the plan writes it
+        "bytes_per_s": _REAL,
+        "break_even_bytes_per_s": _REAL,  # at which loading the longest prefix takes as long as computing it
+        "run": _WHOLE,
+        "num_others": _WHOLE,  # short requests that came with it
+        "ttft_s": _REAL,
+        "others_ttft_s": _REAL,  # mean
+        "all_first_s": _REAL,  # until every request had its first token
+        "chunk_s": _REAL,  # what a step (median) or a chunk on the link takes, the longer of them
+        "tokens_loaded": _WHOLE,
+        "tokens_computed": _WHOLE,
+        "identical": _FLAG,  # the same first tokens as when all is computed
+        **LOAD_REPORT,
     },
     "samples": {
         "time_s": _REAL,
@@ -163,6 +193,11 @@ def identity(cell: Cell) -> Row:
         "memory": cell.memory,
         "repeat": cell.repeat,
         "workload": None if cell.workload is None else json.dumps(cell.workload.model_dump(mode="json")),
+        "tiers": cell.placement.tiers_text or None,
+        "throttles": cell.placement.links_text or None,
+        "ttl_s": cell.placement.ttl_s,
+        "idle_ttl_s": cell.placement.idle_ttl_s,
+        "compute_share": cell.share,
     }
 
 
@@ -180,7 +215,7 @@ def live_result(cell: Cell, jobs: Sequence[Job], drive: Drive, facts: ModelFacts
     """The rows of a live cell."""
     requests = [_request_row(job, drive) for job in jobs]
     ended = [r for r in requests if r["finish_reason"] == "length" or r["finish_reason"] == "stop"]
-    row = _cell_row(Status.DONE, None, wall_s) | _memory_columns(drive) | {
+    row = _cell_row(Status.DONE, None, wall_s) | _memory_columns(drive) | tier_columns(drive) | {
         "duration_s": drive.duration,
         "num_requests": len(jobs),
         "num_finished": len(ended),
@@ -192,6 +227,7 @@ def live_result(cell: Cell, jobs: Sequence[Job], drive: Drive, facts: ModelFacts
         "tokens_reused": sum(r.get("tokens_reused", 0) for r in requests),
         "num_parameters": facts.num_parameters,
         "kv_token_bytes": facts.kv_token_bytes,
+        **load_columns(requests),
     }  # fmt: skip
     samples = [_sample_row(s) for s in drive.samples]
     return CellResult(cell, Status.DONE, None, {"cells": [row], "requests": requests, "samples": samples})
@@ -264,6 +300,18 @@ def _memory_columns(drive: Drive) -> Row:
     }
 
 
+def loading_result(cell: Cell, rows: Sequence[Row], facts: ModelFacts, wall_s: float) -> CellResult:
+    """The rows of a loading cell: one a timed run."""
+    row = _cell_row(Status.DONE, None, wall_s) | {
+        "num_requests": sum(1 + r["num_others"] for r in rows),
+        "num_finished": sum(1 + r["num_others"] for r in rows),
+        "num_parameters": facts.num_parameters,
+        "kv_token_bytes": facts.kv_token_bytes,
+        **load_columns(rows),
+    }
+    return CellResult(cell, Status.DONE, None, {"cells": [row], "loads": list(rows)})
+
+
 def _request_row(job: Job, drive: Drive) -> Row:
     base: Row = {
         "request": job.index,
@@ -285,7 +333,8 @@ def _output_columns(output: RequestOutput) -> Row:
     first, count = times.first_token, len(output.token_ids)
     done = output.finish_reason is not None and output.finish_reason.value in ("length", "stop")
     attested = {name: getattr(output.attestation, name) for name in _ATTESTED}
-    return attested | {
+    return attested | load_report(output) | {
+        "miss": times.miss,
         "queue_s": None if times.first_scheduled is None else times.first_scheduled - times.arrival,
         "ttft_s": None if first is None else first - times.arrival,
         # The rate of a cut request is as true as that of a whole one; one token has no rate.
@@ -299,7 +348,7 @@ def _output_columns(output: RequestOutput) -> Row:
         "finish_reason": "cut" if not done and output.error is None else str(output.finish_reason),
         "error": output.error,
         "did": dict(output.attestation.did),
-    }
+    }  # fmt: skip
 
 
 def _sample_row(sample: Sample) -> Row:

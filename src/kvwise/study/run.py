@@ -12,6 +12,7 @@ from kvwise.models.builtin import BUILTIN
 from kvwise.study.asked import check_asked, num_exam_tokens
 from kvwise.study.cells import Cell, CellKind, check_strategies, expand
 from kvwise.study.face import Bench, ModelFacts
+from kvwise.study.loading import loading_seconds, require_length
 from kvwise.study.measure import CellRunner
 from kvwise.study.plan import Plan, TraceFile
 from kvwise.study.record import MAX_DEATHS, Progress, StudyFolder
@@ -60,7 +61,7 @@ class _Estimate:
 
     def _like(self, cell: Cell) -> tuple[CellKind, str]:
         """Traffic comes at its own pace; an exam takes as long as its model does."""
-        return cell.kind, cell.model if cell.kind is CellKind.QUALITY else ""
+        return cell.kind, "" if cell.kind is CellKind.LIVE else cell.model
 
 
 def nominal_seconds(cell: Cell) -> float:
@@ -70,6 +71,8 @@ def nominal_seconds(cell: Cell) -> float:
     if cell.quality is not None:
         rate = EXAM_RATE if cell.model.startswith(BUILTIN) else EXAM_RATE_OTHERS
         return 0.3 + num_exam_tokens(cell.quality, cell.model, cell.context) / rate
+    if cell.loading is not None:
+        return loading_seconds(cell.loading, cell.context, cell.share)
     if cell.load is None:
         return 1.0
     if cell.rate is None or math.isinf(cell.rate) or isinstance(cell.workload, TraceFile):
@@ -110,6 +113,8 @@ def check_plan(plan: Plan, bench: Bench) -> list[Cell]:
         source = getattr(block.workload, "file", None)
         if source is not None and not Path(source).is_file():
             raise PlanError(f"block {block.name!r}: {source} is no file; give the path of the trace or CSV file")
+    for text, placement in dict.fromkeys((c.strategy, c.placement) for c in cells if c.kind is CellKind.LIVE):
+        bench.check_placement(text, placement)
     facts: dict[str, ModelFacts] = {}
     for model in dict.fromkeys(cell.model for cell in cells):
         # Only what the user can mend stops the study here; a model too large for the machine is a failed cell.
@@ -120,6 +125,9 @@ def check_plan(plan: Plan, bench: Bench) -> list[Cell]:
         except Exception:
             continue
     check_asked(plan, cells, facts)
+    for cell in cells:
+        if cell.loading is not None and cell.model in facts:
+            require_length(cell, facts[cell.model])
     return cells
 
 

@@ -2,9 +2,13 @@
 
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -18,7 +22,10 @@ from kvwise.core.method import Axis
 from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.core.sizes import parse_bytes
+from kvwise.core.strategy import Strategy
+from kvwise.core.tiering import KINDS, TierSpec
 from kvwise.engine.engine import Engine
+from kvwise.engine.hierarchy.build import link_names
 from kvwise.engine.placement.choose import LINKS
 from kvwise.engine.sizing import kv_dtype
 from kvwise.methods.catalogue import parse
@@ -28,7 +35,9 @@ from kvwise.models.loaded import LoadedModel
 from kvwise.models.quiet import quiet
 from kvwise.models.random import RANDOM_MODELS, build
 from kvwise.models.text import HuggingFaceTokenizer
-from kvwise.study.face import EngineFace, ModelFacts, OnOffRun
+from kvwise.study.face import EngineFace, LoaderFace, LoaderSetup, ModelFacts, OnOffRun
+from kvwise.study.loader import Loader
+from kvwise.study.placement import NOWHERE, Placement, link_table, tier_spec
 from kvwise.study.plan import Plan, link_speeds
 from kvwise.tasks.language import Language
 from kvwise.tasks.text_language import TextLanguage
@@ -36,6 +45,7 @@ from kvwise.tasks.token_language import TokenLanguage
 
 _log = logging.getLogger(__name__)
 
+ANY_TIERS = [TierSpec(kind, 1, where="" if kind in ("host", "memory") else "there") for kind in KINDS]
 HELD_SHARE = 0.25  # of the machine's memory: models loaded before are kept while they fit in it
 
 
@@ -45,12 +55,18 @@ def num_threads() -> int:
 
 
 class Workbench:
-    """Models and engines for one plan. Loaded models stay loaded while there is room for them."""
+    """Models and engines for one plan. Loaded models stay loaded while there is room for them.
 
-    def __init__(self, plan: Plan) -> None:
-        unknown = sorted(set(plan.links) - set(LINKS))
+    Disk tiers that do not say where they lie, lie in folders of their own inside `scratch` (made when the first is
+    needed; None: the system's folder for temporary files), and are removed with their engines.
+    """
+
+    def __init__(self, plan: Plan, scratch: Path | None = None) -> None:
+        unknown = sorted(set(plan.links) - {*LINKS, *link_names(ANY_TIERS)})
         if unknown:
-            raise PlanError(f"links: no link is called {unknown[0]!r}; links: {', '.join(LINKS)}")
+            known = ", ".join(dict.fromkeys([*LINKS, *link_names(ANY_TIERS)]))
+            raise PlanError(f"links: no link is called {unknown[0]!r}; links: {known}")
+        self._scratch = scratch
         self.clock: Clock = MonotonicClock()
         self._plan = plan
         self._held: dict[str, LoadedModel] = {}
@@ -72,20 +88,36 @@ class Workbench:
         """StrategyError if `text` is no strategy."""
         parse(text)
 
-    def idle_methods(self, text: str, did: Mapping[str, int], tokens_reused: int) -> tuple[str, ...]:
-        """The methods that strategy `text` names and that, by these attested counts, did nothing."""
+    def check_placement(self, text: str, placement: Placement) -> None:
+        """PlanError if strategy `text` cannot be run there: a method that loads without tiers, a link that is none."""
+        method = parse(text).loading
+        if not method.default and not placement.tiers:
+            raise PlanError(f'strategy {text!r}: {method.name} loads from tiers; add `tiers = [["host(size=256MiB)"]]`')
+        specs = [tier_spec(tier, Path("folder")) for tier in placement.tiers]
+        known = list(dict.fromkeys([*LINKS, *link_names(specs)]))
+        unknown = sorted({name for name, _ in placement.links} - set(known))
+        if unknown:
+            raise PlanError(f"links: no link is called {unknown[0]!r} with these tiers; links: {', '.join(known)}")
+
+    def idle_methods(
+        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0
+    ) -> tuple[str, ...]:
+        """The methods that strategy `text` names and that, by these attested counts, did nothing.
+
+        A loading method that decided about `num_loads` requests did its work, also if it decided to compute.
+        """
+        excused = {Axis.REUSE: tokens_reused, Axis.LOADING: num_loads}
         named = (method for method in parse(text).methods() if not method.default)
-        return tuple(m.name for m in named if not did.get(m.name) and not (m.axis is Axis.REUSE and tokens_reused))
+        return tuple(m.name for m in named if not did.get(m.name) and not excused.get(m.axis))
 
     def facts(self, model: str) -> ModelFacts:
         """Load a model (once) and say what it is."""
         loaded = self._load(model)
-        element = kv_dtype(loaded, self._config(None)).itemsize
         return ModelFacts(
             name=model,
             vocab_size=loaded.vocab_size,
             max_model_len=loaded.max_model_len,
-            kv_token_bytes=2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * element,
+            kv_token_bytes=_token_bytes(loaded, self._config(None)),
             weight_bytes=loaded.weight_bytes,
             num_parameters=loaded.num_parameters,
             language=self._language(loaded),
@@ -98,9 +130,38 @@ class Workbench:
             self._languages[loaded.name] = _language_of(loaded)
         return self._languages[loaded.name]
 
-    def engine(self, model: str, strategy: str, memory_bytes: int | None) -> EngineFace:
-        """A fresh engine; `memory_bytes` is the size of its KV pool, None for its default."""
-        return Engine(self._load(model), parse(strategy), self._config(memory_bytes), self.clock)
+    def engine(self, model: str, strategy: str, memory_bytes: int | None, placement: Placement = NOWHERE) -> EngineFace:
+        """A fresh engine; `memory_bytes` is the size of its KV pool, None for its default.
+
+        A strategy that loads nothing has no tiers, and only the links that it has.
+        """
+        parsed = parse(strategy)
+        folder = self._folder(placement.tiers)
+        tiers = () if parsed.loading.default else tuple(tier_spec(tier, folder) for tier in placement.tiers)
+        speeds = link_speeds(self._plan) | link_table(placement.links)
+        known = {*LINKS, *link_names(tiers)}
+        config = replace(
+            self._config(memory_bytes),
+            tiers=tiers,
+            links={name: speed for name, speed in speeds.items() if name in known},
+            ttl_s=placement.ttl_s,
+            idle_ttl_s=placement.idle_ttl_s,
+        )
+        return _StudyEngine(self._load(model), parsed, config, self.clock, folder)
+
+    def loader(self, setup: LoaderSetup) -> LoaderFace:
+        """A fresh engine that loads."""
+        loaded, folder = self._load(setup.model), self._folder((setup.tier,))
+        token_bytes = _token_bytes(loaded, EngineConfig())
+        return _StudyLoader(setup, loaded, parse(setup.strategy), self.clock, token_bytes, folder)
+
+    def _folder(self, tiers: Sequence[str]) -> Path:
+        """A new folder, if one of the tiers may need it; it goes with the engine."""
+        if not any(tier.startswith("disk") for tier in tiers):
+            return Path()
+        if self._scratch is not None:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="kv-", dir=self._scratch))
 
     def generate(self, model: str, side: str, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
         """Generate greedily with the KV cache off ("hf-off") or on ("hf-on", "kvwise"), timed."""
@@ -111,11 +172,12 @@ class Workbench:
     def _config(self, memory_bytes: int | None) -> EngineConfig:
         given = self._plan.engine.model_dump(exclude={"kv_offloading"})
         offloading = self._plan.engine.kv_offloading
+        links = {name: speed for name, speed in link_speeds(self._plan).items() if name in LINKS}
         return EngineConfig(
             **given,
             kv_cache_memory_bytes=memory_bytes,
             kv_offloading_bytes=None if offloading is None else parse_bytes(offloading),
-            links=link_speeds(self._plan),
+            links=links,
         )
 
     def _load(self, model: str) -> LoadedModel:
@@ -179,6 +241,46 @@ class Workbench:
             plain.generation_config.eos_token_id = None
             self._plain = {model: plain}
         return self._plain[model]
+
+
+class _StudyEngine(Engine):
+    """An engine whose folder goes with it."""
+
+    def __init__(
+        self, loaded: LoadedModel, strategy: Strategy, config: EngineConfig, clock: Clock, folder: Path
+    ) -> None:
+        super().__init__(loaded, strategy, config, clock)
+        self._folder = folder
+
+    def close(self) -> None:
+        """Close the engine, then remove what its disk tier left."""
+        super().close()
+        _remove(self._folder)
+
+
+class _StudyLoader(Loader):
+    """A loader whose folder goes with it."""
+
+    def __init__(
+        self, setup: LoaderSetup, loaded: LoadedModel, strategy: Strategy, clock: Clock, token_bytes: int, folder: Path
+    ) -> None:
+        super().__init__(setup, loaded, strategy, clock, token_bytes, folder)
+        self._folder = folder
+
+    def close(self) -> None:
+        """Close the engine, then remove what its disk tier left."""
+        super().close()
+        _remove(self._folder)
+
+
+def _remove(folder: Path) -> None:
+    if folder != Path():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _token_bytes(loaded: LoadedModel, config: EngineConfig) -> int:
+    """KV of one token, all layers and heads."""
+    return 2 * loaded.num_layers * loaded.num_kv_heads * loaded.head_dim * kv_dtype(loaded, config).itemsize
 
 
 def _reader(loaded: LoadedModel) -> HuggingFaceTokenizer | None:

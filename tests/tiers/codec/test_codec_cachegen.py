@@ -140,6 +140,18 @@ def test_zeros_and_outliers_are_safe(mode: str) -> None:
                 codec.encode(*pair)
 
 
+@pytest.mark.parametrize("half", [0x7C00, 0x7E00, 0xBC00], ids=["inf", "nan", "negative"])
+@pytest.mark.parametrize("mode", MODES)
+def test_scales_that_no_encoder_writes_are_refused(mode: str, half: int) -> None:
+    codec = profiled(mode)
+    keys, values = (tensor[0] for tensor in blocks(1))
+    part = segments(codec, keys, values)[0]
+    for token in (0, 15, 16, 31):  # of keys, then of values
+        at = 4 + 2 * token
+        with pytest.raises(ValueError, match="a scale is negative or no number"):
+            back(codec, [part[:at] + half.to_bytes(2, "little") + part[at + 2 :]], keys)
+
+
 def test_specs_tell_mode_level_and_tables() -> None:
     codecs = [profiled("paper"), profiled("released"), profiled("paper", levels=3)]
     codecs.append(CacheGenCodec.profile(*blocks(4, seed=8), CacheGenOptions(levels=4)))

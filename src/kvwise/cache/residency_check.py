@@ -1,12 +1,23 @@
-"""The proof that a tier's slots are counted right: bytes, tenants, holds, pins, ranks."""
+"""The proof that a tier's book is exact: keys, bytes, tenants, holds, pins, ranks."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
+from kvwise.cache.entry import Entry
 from kvwise.cache.proof import require
 from kvwise.cache.slots import Bools, Slots
+
+
+def check_keys(
+    resident: Mapping[bytes, int], writing: Mapping[bytes, int], entries: Sequence[Entry | None], doomed: Set[bytes]
+) -> None:
+    """Key -> slot and slot -> entry are inverse, and each key is resident or being written."""
+    slots = {entry.key: slot for slot, entry in enumerate(entries) if entry is not None}
+    require(len(slots) == len(resident) + len(writing), "entries differ in number from the keys")
+    require({**resident, **writing} == slots, "the keys' slots differ from the slots' keys")
+    require(doomed <= writing.keys(), "removed in the midst of a write that is not under way")
 
 
 def check_slots(slots: Slots, taken: Mapping[int, tuple[int, str]], resident: Bools, held: Sequence[int]) -> None:
