@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvwise.cache.deadlines import Deadlines
+from kvwise.cache.deadlines import Deadlines, Expiry
 
 
 def ids(*slots):
@@ -88,3 +88,29 @@ def test_random_operations_against_a_dict(deadlines):
         at = {slot: time for slot, time in at.items() if time < np.inf}
         assert deadlines.num_overlooked() == 0
         assert deadlines.soonest <= min(at.values(), default=np.inf)
+
+
+def test_a_hit_starts_the_idle_time_anew_up_to_the_end():
+    expiry = Expiry(4)
+    expiry.date(ids(0, 1), np.array([12.0, np.inf]), np.array([5.0, 5.0]), 0.0)
+    expiry.hit(ids(0, 1), 4.0)
+    expiry.hit(ids(0), 8.0)
+    assert expiry.at[:2].tolist() == [12.0, 9.0]
+
+
+def test_a_hit_does_not_revive_what_is_due():
+    expiry = Expiry(4)
+    expiry.date(ids(0), np.array([np.inf]), np.array([5.0]), 0.0)
+    expiry.hit(ids(0), 5.0)
+    assert expiry.take_due(5.0).tolist() == [0]
+
+
+def test_what_stood_in_a_slot_before_dates_nothing_after():
+    expiry = Expiry(4)
+    expiry.date(ids(0), np.array([np.inf]), np.array([5.0]), 0.0)
+    expiry.take_due(5.0)
+    expiry.clear(ids(0))
+    expiry.date(ids(0), np.array([np.inf]), np.array([np.inf]), 6.0)
+    expiry.date(ids(1), np.array([99.0]), np.array([np.inf]), 6.0)
+    expiry.hit(ids(0), 7.0)
+    assert expiry.take_due(50.0).tolist() == []

@@ -63,7 +63,7 @@ class TierIndexMachine(RuleBasedStateMachine):
     @rule(
         keys=somekeys,
         sizes=st.lists(st.sampled_from([10, 10, 3, 17, 70]), min_size=5, max_size=5),
-        tenant=st.sampled_from(["", "", "big", "small", "none"]),
+        tenant=st.sampled_from(["", "", "small", "small", "small", "none"]),
         ttl=st.sampled_from([inf, inf, 4.0, -1.0]),
         idle=st.sampled_from([inf, 1.0, 2.0, 5.0]),
         at_once=st.sampled_from([True, True, False]),

@@ -132,7 +132,7 @@ def test_segments_of_another_record_of_the_key_are_a_miss() -> None:
 
 def forged(record: bytes, offset: int, value: bytes, num_segments: int = 2) -> bytes:
     """The record with bytes of its header replaced and the header's checksum made right again."""
-    end = header_bytes(0) - 0 if num_segments == 0 else 244 + 24 * num_segments
+    end = 244 + 24 * num_segments
     body = record[:offset] + value + record[offset + len(value) : end]
     return body + xxh3_128_digest(body) + record[end + 16 :]
 

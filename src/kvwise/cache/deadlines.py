@@ -90,3 +90,36 @@ class Deadlines:
         self._filed[:] = np.inf
         dated = np.flatnonzero(self.at < np.inf)
         self._file(dated, self.at[dated])
+
+
+class Expiry(Deadlines):
+    """Deadlines that follow from terms: an end that nothing moves, and an idle time that every hit starts anew."""
+
+    def __init__(self, num_slots: int) -> None:
+        super().__init__(num_slots)
+        self._ends: Floats = np.full(num_slots, np.inf)
+        self._idle_s: Floats = np.full(num_slots, np.inf)
+        self._ever_dated = False
+
+    def date(self, slots: Blocks, ends: Floats, idle_s: Floats, now: float) -> None:
+        """Stored at `now`, the undated `slots[i]` expires at `ends[i]`, and after `idle_s[i]` seconds without a hit."""
+        at = np.minimum(ends, now + idle_s)
+        if at.min() < np.inf:
+            self._ever_dated = True
+            self._ends[slots] = ends
+            self._idle_s[slots] = idle_s
+            self.set(slots, at)
+
+    def hit(self, slots: Blocks, now: float) -> None:
+        """The idle time of `slots` starts anew; what is due already stays so."""
+        if self.soonest < np.inf:
+            slots = slots[(self.at[slots] > now) & (self._idle_s[slots] < np.inf)]
+            if len(slots):
+                self.set(slots, np.minimum(self._ends[slots], now + self._idle_s[slots]))
+
+    def clear(self, slots: Blocks) -> None:
+        """`slots` never expire: they are empty, until they are dated again."""
+        if self._ever_dated:
+            super().clear(slots)
+            self._ends[slots] = np.inf
+            self._idle_s[slots] = np.inf

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from kvwise.cache.deadlines import Deadlines, Floats
+from kvwise.cache.deadlines import Deadlines, Expiry
 from kvwise.policies.base import Blocks
 
 
@@ -15,32 +15,15 @@ class Lifecycle:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self.expiry = Deadlines(num_blocks)
+        self.expiry = Expiry(num_blocks)
         self.pins = Deadlines(num_blocks)
         self.pinned: npt.NDArray[np.bool_] = np.zeros(num_blocks, np.bool_)
         self.num_pinned = 0
-        self._ends: Floats = np.full(num_blocks, np.inf)
-        self._idle_s: Floats = np.full(num_blocks, np.inf)
 
     @property
     def soonest(self) -> float:
         """A lower bound of the next deadline of either kind: nothing is due before."""
         return min(self.expiry.soonest, self.pins.soonest)
-
-    def date(self, blocks: Blocks, ends: Floats, idle_s: Floats, now: float) -> None:
-        """Published at `now`, `blocks[i]` expires at `ends[i]`, and after `idle_s[i]` seconds without a hit."""
-        at = np.minimum(ends, now + idle_s)
-        if at.min() < np.inf:
-            self._ends[blocks] = ends
-            self._idle_s[blocks] = idle_s
-            self.expiry.set(blocks, at)
-
-    def hit(self, blocks: Blocks, now: float) -> None:
-        """The idle time of `blocks` starts anew; what is due already stays so."""
-        if self.expiry.soonest < np.inf:
-            blocks = blocks[(self.expiry.at[blocks] > now) & (self._idle_s[blocks] < np.inf)]
-            if len(blocks):
-                self.expiry.set(blocks, np.minimum(self._ends[blocks], now + self._idle_s[blocks]))
 
     def pin(self, blocks: Blocks, until: float) -> Blocks:
         """Pin `blocks`; of two pins the later deadline holds. Returns those that were not pinned before."""
@@ -63,9 +46,6 @@ class Lifecycle:
 
     def forget(self, blocks: Blocks) -> None:
         """`blocks` are no longer published: no expiry, no pin."""
-        if self.expiry.soonest < np.inf:
-            self.expiry.clear(blocks)
-            self._ends[blocks] = np.inf
-            self._idle_s[blocks] = np.inf
+        self.expiry.clear(blocks)
         if self.num_pinned:
             self.unpin(blocks)

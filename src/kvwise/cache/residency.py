@@ -5,9 +5,8 @@ from itertools import chain
 from math import inf
 
 import numpy as np
-import numpy.typing as npt
 
-from kvwise.cache.deadlines import Deadlines
+from kvwise.cache.deadlines import Expiry
 from kvwise.cache.entry import Entry, Reservation
 from kvwise.cache.misses import Ledger, Miss, MissReason, RemovalReason
 from kvwise.cache.proof import require
@@ -20,7 +19,6 @@ from kvwise.policies.catalogue import make_policy
 
 __all__ = ["Entry", "Reservation", "TierIndex"]
 
-Floats = npt.NDArray[np.float64]
 _MOST_REMEMBERED = 100_000  # departures, for miss reasons: about 20 MB
 
 
@@ -59,9 +57,7 @@ class TierIndex:
         self._doomed: set[bytes] = set()
         self._holds: dict[bytes, int] = {}
         self._entry: list[Entry | None] = [None] * max_blocks
-        self._expiry = Deadlines(max_blocks)
-        self._slides: Floats = np.full(max_blocks, np.inf)  # idle_s of each slot
-        self._ends: Floats = np.full(max_blocks, np.inf)  # expires_at of each slot
+        self._expiry = Expiry(max_blocks)
         self._ledger = Ledger(max(1024, min(4 * max_blocks, _MOST_REMEMBERED)))
 
     def __len__(self) -> int:
@@ -134,7 +130,7 @@ class TierIndex:
         if self._expiry.soonest < np.inf:
             now = self._clock.now()
             slots = slots[self._expiry.at[slots] > now]
-            self._date(slots, now)
+            self._expiry.hit(slots, now)
         self._slots.touch(slots)
 
     # -- coming ------------------------------------------------------------------------------------
@@ -282,17 +278,12 @@ class TierIndex:
     def _settle(self, keys: list[bytes], slots: Blocks) -> None:
         """`keys` in `slots` are resident: their deadlines run, the policy ranks them."""
         entries = self._entries_at(slots.tolist())
-        self._slides[slots] = [entry.terms.idle_s for entry in entries]
-        self._ends[slots] = [entry.terms.expires_at for entry in entries]
-        self._date(slots, self._clock.now())
+        ends = np.array([entry.terms.expires_at for entry in entries])
+        idle_s = np.array([entry.terms.idle_s for entry in entries])
+        self._expiry.date(slots, ends, idle_s, self._clock.now())
         tags = np.frombuffer(b"".join(keys), np.uint64).reshape(len(keys), -1)[:, 0]
         held = np.array([key in self._holds for key in keys] if self._holds else np.zeros(len(keys)), np.bool_)
         self._slots.insert(slots, tags, np.array([entry.depth for entry in entries], np.int64), held)
-
-    def _date(self, slots: Blocks, now: float) -> None:
-        at = np.minimum(now + self._slides[slots], self._ends[slots])
-        if len(at) and at.min() < np.inf:
-            self._expiry.set(slots, at)
 
     def _leave(self, slots: Blocks, reason: RemovalReason) -> list[Entry]:
         """Forget resident `slots`, which are ranked no longer."""

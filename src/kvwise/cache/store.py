@@ -94,7 +94,7 @@ class BlockStore:
         """A new request hit the published `blocks`: one more reference each."""
         self._refer(blocks)
         self.policy.touch(blocks)
-        self.lifecycle.hit(blocks, self.clock.now())
+        self.lifecycle.expiry.hit(blocks, self.clock.now())
 
     def let_go(self, blocks: Blocks) -> None:
         """Drop one reference of each block; the last one makes it idle if it is published, else free."""
@@ -139,7 +139,7 @@ class BlockStore:
             self.tenants[block] = tenant
             self.quotas.charge(tenant, 1)
         if new.dates is not None:
-            self.lifecycle.date(new.blocks, new.dates[0], new.dates[1], now)
+            self.lifecycle.expiry.date(new.blocks, new.dates[0], new.dates[1], now)
         self.policy.insert(new.blocks, np.frombuffer(b"".join(new.keys), np.uint64)[::4], new.depths)
         self.events.append(BlocksStored(now, tuple(new.keys), tuple(new.parents), tuple(new.blocks.tolist())))
 

@@ -246,9 +246,7 @@ def _addresses(keys: Tensor, values: Tensor, blocks: Sequence[int]) -> list[tupl
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Address and bytes of a tensor that lies in one run of CPU memory."""
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise ValueError(
-            f"a layer of a block must be contiguous in CPU memory: {tuple(tensor.shape)} {tensor.stride()}"
-        )
+        raise ValueError(f"a layer must lie in one run of CPU memory, not as {tuple(tensor.shape)} {tensor.stride()}")
     return tensor.data_ptr(), tensor.nbytes
 
 

@@ -87,6 +87,8 @@ class RedisStore:
         out = [self._bytes(extent, answer) for extent, answer in zip(extents, answers, strict=True)]
         # Redis answers alike for a key that is absent and for a range behind the end of one that is there.
         empty = [i for i, got in enumerate(out) if not isinstance(got, Fault) and not got]
+        if not empty:
+            return out
         there = self._pool.ask([command(b"EXISTS", self._key(extents[i].key)) for i in empty], deadline)
         for i, answer in zip(empty, there, strict=True):
             if answer != 1:

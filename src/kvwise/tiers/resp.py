@@ -45,9 +45,9 @@ class WireError(Exception):
         self.fault = Fault(kind, detail)
 
 
-def command(*words: Buffer) -> Command:
-    """One command of whole words."""
-    return command_in_pieces([[word] for word in words])
+def command(*words: bytes) -> Command:
+    """One command of short words."""
+    return [b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])]
 
 
 def command_in_pieces(words: Sequence[Sequence[Buffer]]) -> Command:

@@ -81,12 +81,17 @@ def _store(spec: TierSpec, layout: KVLayout) -> ByteStore:
     return MemoryStore()
 
 
-def make_hierarchy(
-    config: EngineConfig, codec: Codec, arena: Arena, cache: CacheManager, identity: Identity, clock: Clock
-) -> Hierarchy:
-    """Open all tiers of a configuration over one device pool."""
+def make_tiers(config: EngineConfig, layout: KVLayout, clock: Clock) -> list[Tier]:
+    """Open all tiers of a configuration, fastest first."""
     quotas = {tag_text(tenant): limit for tenant, limit in config.tenant_quotas.items()}
-    tiers = [make_tier(spec, arena.layout, clock, config.links, quotas) for spec in config.tiers]
+    return [make_tier(spec, layout, clock, config.links, quotas) for spec in config.tiers]
+
+
+def make_hierarchy(
+    config: EngineConfig, tiers: Sequence[Tier], codec: Codec, arena: Arena, cache: CacheManager, identity: Identity,
+    clock: Clock,
+) -> Hierarchy:  # fmt: skip
+    """Put the tiers below one device pool."""
     return Hierarchy(
         tiers,
         codec,

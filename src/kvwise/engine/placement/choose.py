@@ -1,5 +1,6 @@
 """Which placement carries out a strategy, and the memory it works on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,11 @@ from kvwise.core.errors import UnsupportedModel, UsageError
 from kvwise.core.layout import KVLayout
 from kvwise.core.strategy import Strategy
 from kvwise.engine.calibrate import calibrate, sample_blocks
-from kvwise.engine.hierarchy.build import link_names, make_hierarchy
+from kvwise.engine.hierarchy.build import link_names, make_hierarchy, make_tiers
 from kvwise.engine.hierarchy.hierarchy import Hierarchy
 from kvwise.engine.hierarchy.loads import Loads
+from kvwise.engine.hierarchy.tables import codec_with_tables
+from kvwise.engine.hierarchy.tier import Tier
 from kvwise.engine.placement.base import Placement
 from kvwise.engine.placement.blocks import BlockPlacement
 from kvwise.engine.placement.pages import PagePlacement
@@ -31,7 +34,6 @@ from kvwise.models.loaded import LoadedModel
 from kvwise.policies.lru import LRU
 from kvwise.tiers.arena import Arena, block_bytes
 from kvwise.tiers.codec.base import Codec
-from kvwise.tiers.codec.catalogue import make_codec
 from kvwise.tiers.link import Link
 
 LINKS = ("host:device", "device:host")
@@ -67,7 +69,8 @@ def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, c
     arena = Arena(layout, num_blocks, dtype, loaded.device, columns)
     sharing = strategy.reuse.name == "prefix"
     kernels = kernels_for(loaded.device, config.kernels)
-    codec = _codec(loaded, loading, layout, kernels)
+    tiers = make_tiers(config, layout, clock)
+    codec = _codec(loaded, loading, layout, kernels, tiers, _identity(loaded, layout, dtype))
     identity = _identity(loaded, layout, dtype, codec)
     cache = _manager(loaded, config, layout, num_blocks, clock, identity, sharing=sharing)
     placement: Placement
@@ -77,7 +80,7 @@ def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, c
         placement = _recall(loaded, selection, config, layout, dtype, clock, cache, arena, kernels)
     else:
         placement = BlockPlacement()
-    loads = None if codec is None else _loads(loading, config, clock, cache, arena, codec, identity)
+    loads = None if codec is None else _loads(loading, config, clock, cache, arena, codec, identity, tiers)
     return Memory(layout, cache, arena, kernels, placement, loads)
 
 
@@ -99,17 +102,19 @@ def _check_tiers(strategy: Strategy, config: EngineConfig) -> None:
         )
 
 
-def _codec(loaded: LoadedModel, loading: Loading, layout: KVLayout, kernels: Kernels) -> Codec | None:
+def _codec(
+    loaded: LoadedModel, loading: Loading, layout: KVLayout, kernels: Kernels, tiers: Sequence[Tier], native: Identity
+) -> Codec | None:
     if loading.codec is None:
         return None
-    return make_codec(loading.codec, layout=layout, sample=lambda: sample_blocks(loaded, layout, kernels))
+    return codec_with_tables(loading.codec, layout, native, tiers, lambda: sample_blocks(loaded, layout, kernels))
 
 
 def _loads(
     loading: Loading, config: EngineConfig, clock: Clock, cache: CacheManager, arena: Arena, codec: Codec,
-    identity: Identity,
+    identity: Identity, tiers: Sequence[Tier],
 ) -> Loads:  # fmt: skip
-    hierarchy = make_hierarchy(config, codec, arena, cache, identity, clock)
+    hierarchy = make_hierarchy(config, tiers, codec, arena, cache, identity, clock)
     return Loads(
         loading, hierarchy, cache, arena, clock,
         step_tokens=config.max_num_batched_tokens, deadline_s=config.tier_deadline_s,
