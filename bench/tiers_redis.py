@@ -1,8 +1,9 @@
 """Redis tier against a raw socket on the same server in the same run: records of 1 to 4 MiB, read and written.
 
 `python bench/tiers_redis.py` starts a redis-server of its own on a free loopback port, without persistence. Sides are
-interleaved; each figure is the median over the repeats. The raw side does the least that a client can: it sends the
-command, receives into one buffer that is used again, checks nothing and has no deadline.
+interleaved; speeds are medians over the repeats, and so are ratios, each of one repeat. The raw side does the least
+that a client can: it sends the command, receives into one buffer that is used again, checks nothing and has no
+deadline.
 """
 
 import argparse
@@ -135,7 +136,11 @@ def _row(
             if repeat:  # the first is a warm-up
                 seconds[side].append(time.perf_counter() - start)
     speed = {side: total / median(each) / 1e9 for side, each in seconds.items()}
-    ratios = {"ratio": speed["store"] / speed["raw"], "ratio, batch": speed["store, batch"] / speed["raw"]}
+    # Of neighbours in time: the machine may change its pace in the middle.
+    ratios = {
+        name: median(raw / own for raw, own in zip(seconds["raw"], seconds[side], strict=True))
+        for name, side in (("ratio", "store"), ("ratio, batch", "store, batch"))
+    }
     return {"what": what, "record_bytes": num_bytes, **speed, **ratios}
 
 

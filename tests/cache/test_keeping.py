@@ -239,6 +239,24 @@ def test_terms_that_make_no_sense_are_refused(terms):
         Terms(**terms)
 
 
+# what is there
+
+
+def test_what_is_stored_is_listed_with_its_terms(cache, clock):
+    terms = Terms(5.0, 4.0, "t", "s")
+    cache.release(cache.prefill(PROMPT, salt="t", terms=terms))
+    row = cache.prefill([70, 71, 72, 73, 74])
+    keys = keys_of(cache, salt="t")
+    assert [key for key, of in cache.stored() if of == terms] == keys.chain
+    assert [of for key, of in cache.stored() if key not in keys.chain] == [Terms()]
+    assert (cache.num_resident(keys), cache.is_stored(keys.chain[2])) == (3, True)
+    clock.advance(5.0)
+    assert (cache.num_resident(keys), cache.is_stored(keys.chain[2])) == (0, True)
+    cache.expire()
+    assert not cache.is_stored(keys.chain[2])
+    cache.release(row)
+
+
 # who publishes
 
 

@@ -289,6 +289,11 @@ class CacheMachine(RuleBasedStateMachine):
         most = NUM_BLOCKS - len(taken | {self.stored[key] for key in pinned - due})
         least = NUM_BLOCKS - len(taken | {self.stored[key] for key in pinned})
         assert least <= self.cache.num_available <= most
+        deadlines = self.cache._store.lifecycle.expiry.at
+        assert {key: deadlines[block] for key, block in self.stored.items()} == self.expiry
+        assert {key: terms.tenant for key, terms in self.cache.stored()} == {
+            key: terms.tenant for key, terms in self.kept_until.items()
+        }
         usage = self.cache.usage()
         assert usage.num_sequences == len(self.live)
         assert usage.num_held == len({block for held in self.holds for block in held.blocks.tolist()})

@@ -108,6 +108,10 @@ def test_a_chunk_that_is_computed_sooner_is_passed_over_and_computed() -> None:
     assert METHOD.may_compute(now, under_way)
     assert METHOD.may_compute(now, progress(now, "xxxx    xxxx", 1.0, computed=4))
     assert not METHOD.may_compute(now, replace(under_way, computed=8)), "that one is coming"
+    quick = replace(slow_at_the_end, ttft_target_s=1e9)
+    assert METHOD.next_chunk(quick, progress(now, "xxxx    xxxx", 1.0, computed=4)) == Chunk(12, 16, level=0), (
+        "what was passed over stays passed over"
+    )
 
 
 def test_where_computing_is_always_sooner_loading_ends() -> None:

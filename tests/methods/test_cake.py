@@ -288,6 +288,30 @@ def test_loading_ends_when_computing_is_done_sooner() -> None:
     assert Cake(escape=False).next_chunk(now, progress(now, 84, 92, compute=1.0, load=1.1)) == Chunk(84, 92)
 
 
+def test_the_queue_before_the_first_chunk_counts() -> None:
+    now = outlook(1.0, 0.01)
+    assert Cake().decide(replace(now, queued_s=lambda tier: 100.0)) is Decision.BOTH, "a step ends before"
+    slow = outlook(0.01, 0.01)
+    assert Cake().decide(slow) is Decision.BOTH
+    assert Cake().decide(replace(slow, queued_s=lambda tier: 100.0)) is Decision.COMPUTE
+
+
+def test_the_speed_of_one_tier_says_nothing_about_another() -> None:
+    """What comes next lies on the quick tier; the chunk that has come was read from a slow one."""
+    now = outlook(1.0, 0.1, tiers="h" * 92 + "d" * 8)
+    late = replace(progress(now, 84, 92, compute=1.0, load=5.0), last_tier="d")
+    assert not Cake().may_compute(now, late)
+    assert Cake().may_compute(now, replace(late, last_tier="h"))
+    assert Cake().may_compute(now, replace(late, last_tier=None)), "as if there were one tier only"
+
+
+def test_chunks_of_several_tiers_add_up() -> None:
+    now = outlook(1.0, 0.4, tiers="h" * 88 + "d" * 12)
+    assert not Cake().may_compute(now, progress(now, 84, 92, compute=1.0)), "3.2 s to load, 8 s to compute"
+    alternating = replace(now, tiers=list("hd" * 50), seconds_to_load=lambda tier, n: {"h": 0.1, "d": 10.0}[tier])
+    assert Cake().may_compute(alternating, progress(now, 84, 92, compute=1.0))
+
+
 def test_without_measurements_of_its_own_a_load_trusts_no_guess_alone() -> None:
     """Guesses that are ten times off, in opposite directions, keep neither side from its first attempt."""
     now = outlook(10.0, 0.1, num_blocks=4)

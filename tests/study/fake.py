@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvwise.core.clock import VirtualClock
-from kvwise.core.errors import CapacityError, StrategyError
-from kvwise.core.output import Attestation, EngineStats, FinishReason, RequestMetrics, RequestOutput
+from kvwise.core.errors import CapacityError, PlanError, StrategyError
+from kvwise.core.output import Attestation, EngineStats, FinishReason, LoadReport, RequestMetrics, RequestOutput
 from kvwise.core.params import SamplingParams
-from kvwise.study.face import ModelFacts, Observe, OnOffRun
+from kvwise.engine.hierarchy.tier import TierStats
+from kvwise.study.face import LoaderRun, LoaderSetup, ModelFacts, Observe, OnOffRun, StepTime
+from kvwise.study.placement import NOWHERE, Placement
 from kvwise.tasks.token_language import TokenLanguage
 
 BLOCK = 16
 VOCAB = 320
-KNOWN = ("full", "prefix", "h2o", "infinigen", "streaming", "window", "random", "idle", "broken", "hungry")
+LOADING = {"load", "cake"}
+KNOWN = ("full", "prefix", "h2o", "infinigen", "streaming", "window", "random", "idle", "broken", "hungry", *LOADING)
 LANGUAGE = TokenLanguage(VOCAB)  # made once: its text takes a moment
 
 
@@ -36,6 +39,7 @@ class FakeEngine:
     speed: float  # seconds per million parameter-tokens
     facts: ModelFacts
     memory_bytes: int | None
+    placement: Placement = NOWHERE
     waiting: list[_Request] = field(default_factory=list)
     running: list[_Request] = field(default_factory=list)
     ended: list[_Request] = field(default_factory=list)
@@ -112,6 +116,9 @@ class FakeEngine:
         request.computed = length
         request.output.metrics.num_cached_tokens = length
         request.output.attestation.tokens_reused = length
+        if LOADING & set(self.strategy.split("+")):
+            request.output.attestation.tokens_loaded = BLOCK
+            request.output.metrics.load = LoadReport("both", BLOCK, 0, 0.02, 0.01, 0.012, 0.002)
 
     def _advance(self, request: _Request, room: int) -> float:
         """Tokens' worth of work."""
@@ -200,7 +207,84 @@ class FakeEngine:
             prefix_queries=self.queries,
             prefix_hits=self.hits,
             links={"host:device": "12 GB/s (throttled)"} if "infinigen" in self.strategy else {},
+            tiers=self._tiers(),
         )
+
+    def _tiers(self) -> dict[str, TierStats]:
+        """Every other block that was looked up and not on the device is in the first tier."""
+        if not LOADING & set(self.strategy.split("+")):
+            return {}
+        found = self.queries // BLOCK // 4
+        stats = {}
+        for i, name in enumerate(tier.partition("(")[0] for tier in self.placement.tiers):
+            faults = {"late": 1} if self.queries else {}
+            stats[name] = TierStats(
+                name, found, found * 64, None, 0, 0, found, found, faults, found >> i, found, "closed"
+            )
+        return stats
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class FakeLoader:
+    """Computes at a price per step and loads at the link's speed; Cake does both until they meet."""
+
+    clock: VirtualClock
+    setup: LoaderSetup
+    facts: ModelFacts
+    wrong_tokens: bool
+    speed: float = 1e12
+    lossless: bool = True
+    closed: bool = False
+    stored: int = 0
+    speeds: list[float] = field(default_factory=list)  # of every run
+
+    @property
+    def method(self) -> str:
+        return self.setup.strategy.rpartition("+")[2]
+
+    @property
+    def chunk_tokens(self) -> int:
+        return 128 if self.method in LOADING else 0
+
+    def store(self, prompt: Sequence[int]) -> None:
+        self.stored = len(prompt)
+
+    def throttle(self, bytes_per_second: float) -> None:
+        self.speed = bytes_per_second
+
+    def run(self, prompts: Sequence[Sequence[int]]) -> LoaderRun:
+        self.speeds.append(self.speed)
+        start, outputs = self.clock.now(), []
+        part = max(1, round(self.setup.step_tokens * self.setup.share))
+        steps = tuple(self._step(part, at) for at in range(0, len(prompts[0]), part))
+        for i, prompt in enumerate(prompts):
+            self.clock.advance(self._seconds(len(prompt), steps) if not i else 0.001 * len(prompt) / 100)
+            metrics = RequestMetrics(arrival=start, first_token=self.clock.now(), num_prompt_tokens=len(prompt))
+            attestation = Attestation(self.setup.strategy, tokens_computed=len(prompt))
+            if i == 0 and self.method in LOADING:
+                attestation.tokens_loaded = len(prompt) // 2
+                attestation.tokens_computed -= attestation.tokens_loaded
+                metrics.load = LoadReport("both", attestation.tokens_loaded, 0, 0.2, 0.1, 0.1, 0.01)
+            token = sum(prompt) % VOCAB + (self.wrong_tokens and self.method in LOADING)
+            output = RequestOutput(
+                f"r{i}", 0, list(prompt), [token], [], "", FinishReason.LENGTH, None, None, metrics, attestation
+            )
+            outputs.append(output)
+        return LoaderRun(start, tuple(outputs), steps)
+
+    def _step(self, num_tokens: int, at: int) -> StepTime:
+        """2 ms and 2 us for each token of context, of a full step and of one that is drawn out."""
+        full = self.setup.full_step_s or (0.002, 2e-6)
+        return StepTime(num_tokens, at, full[0] + full[1] * at)
+
+    def _seconds(self, num_tokens: int, steps: Sequence[StepTime]) -> float:
+        compute = sum(step.seconds for step in steps)
+        load = num_tokens * self.facts.kv_token_bytes / self.speed
+        both = compute * load / (compute + load) + steps[-1].seconds / 2
+        return {"prefix": compute, "load": load, "cake": both}[self.method]
 
     def close(self) -> None:
         self.closed = True
@@ -213,6 +297,8 @@ class FakeBench:
         self.clock = VirtualClock()
         self.speed = speed
         self.engines: list[FakeEngine] = []
+        self.loaders: list[FakeLoader] = []
+        self.wrong_tokens = False  # of whoever loads
         self.slept = 0.0
 
     def sleep(self, seconds: float) -> None:
@@ -231,9 +317,16 @@ class FakeBench:
         if found and not 0 < float(found[1]) <= 1:
             raise StrategyError(f"h2o: budget={found[1]} is out of range: it must be above 0, at most 1")
 
-    def idle_methods(self, text: str, did: Mapping[str, int], tokens_reused: int) -> tuple[str, ...]:
+    def check_placement(self, text: str, placement: Placement) -> None:
+        if LOADING & set(text.split("+")) and not placement.tiers:
+            raise PlanError(f"strategy {text!r} loads from tiers")
+
+    def idle_methods(
+        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0
+    ) -> tuple[str, ...]:
         names = [part.partition("(")[0] for part in text.split("+")]
         busy = {name for name, count in did.items() if count} | ({"prefix"} if tokens_reused else set()) | {"full"}
+        busy |= LOADING if num_loads else set()
         return tuple(name for name in names if name not in busy)
 
     def facts(self, model: str) -> ModelFacts:
@@ -243,11 +336,16 @@ class FakeBench:
         language = LANGUAGE if model.startswith("builtin:") else None
         return ModelFacts(model, VOCAB, 4096, 4096, int(millions * 4e6), int(millions * 1e6), language)
 
-    def engine(self, model: str, strategy: str, memory_bytes: int | None) -> FakeEngine:
+    def engine(self, model: str, strategy: str, memory_bytes: int | None, placement: Placement = NOWHERE) -> FakeEngine:
         if "hungry" in strategy:
             raise CapacityError("the pool is too small for one block: raise kv_cache_memory_bytes")
-        self.engines.append(FakeEngine(self.clock, strategy, self.speed, self.facts(model), memory_bytes))
-        return self.engines[-1]
+        engine = FakeEngine(self.clock, strategy, self.speed, self.facts(model), memory_bytes, placement)
+        self.engines.append(engine)
+        return engine
+
+    def loader(self, setup: LoaderSetup) -> "FakeLoader":
+        self.loaders.append(FakeLoader(self.clock, setup, self.facts(setup.model), self.wrong_tokens))
+        return self.loaders[-1]
 
     def generate(self, model: str, side: str, prompt: Sequence[int], output_tokens: int) -> OnOffRun:
         per_token = 0.004

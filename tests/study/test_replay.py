@@ -132,6 +132,11 @@ def test_the_last_moment_of_a_ttl_is_a_hit_and_the_next_millisecond_is_none() ->
     assert replay(at[:2], "lru", 5, 60, block_size=BLOCK).num_hit_blocks == 1
 
 
+def test_what_expired_by_the_last_request_is_gone_in_the_end() -> None:
+    result = replay([TraceRequest(t, 1, 1, ids) for t, ids in ((0, (0, 1)), (50, (2,)), (100, (2,)))], "lru", 9, 60)
+    assert (result.num_hit_blocks, result.num_expired, result.num_resident) == (1, 2, 1)
+
+
 def test_a_partial_last_block_counts_its_own_tokens() -> None:
     twice = [TraceRequest(t, BLOCK + 5, 1, (0, 1)) for t in range(2)]
     assert replay(twice, "lru", 2, block_size=BLOCK).num_hit_tokens == BLOCK + 5

@@ -436,6 +436,22 @@ def test_memory_reused_while_it_is_read_gives_the_block_or_a_fault(each: str, co
         thread.join()
 
 
+def test_a_codec_decodes_a_copy_that_was_checked(each: str) -> None:
+    keys, values = random_blocks()
+    place = bytearray(sealed(Backwards(), keys, values, 1))
+
+    class Interrupted(Backwards):
+        def decode(self, segment: Buffer, layer: int, keys: Tensor, values: Tensor, level: int = 0) -> None:
+            if layer == 1:
+                place[:] = bytes(len(place))  # the memory is used again just now
+            super().decode(segment, layer, keys, values, level)
+
+    out = torch.zeros_like(keys), torch.zeros_like(values)
+    assert isinstance(restore(place, 1, Interrupted(), *out), Header)
+    assert same_bits(out[0][1], keys[1])
+    assert same_bits(out[1][1], values[1])
+
+
 def test_shape_tells_the_bytes_of_a_record() -> None:
     keys, values = random_blocks()
     assert Shape(2, 384, 128, 384, 128).record_bytes == len(sealed(RAW, keys, values, 1))

@@ -116,11 +116,11 @@ def _check_quotas(store: BlockStore) -> None:
     offered = store.index.keyed & (store.pool.refs == 0) & ~store.lifecycle.pinned
     ranked = store.quotas.idle()
     keyed = np.flatnonzero(store.index.keyed).tolist()
-    used = Counter(store.tenants[block] for block in keyed)
+    used = Counter(store.terms[block].tenant for block in keyed)
     require(store.quotas.used == used, "published blocks of tenants miscounted")
     for tenant, limit in store.quotas.limits.items():
         require(used[tenant] <= limit, f"tenant {tenant!r} keeps {used[tenant]} blocks of at most {limit}")
-        own = {block for block in keyed if offered[block] and store.tenants[block] == tenant}
+        own = {block for block in keyed if offered[block] and store.terms[block].tenant == tenant}
         require(ranked[tenant].keys() == own, f"idle blocks of tenant {tenant!r} differ")
 
 

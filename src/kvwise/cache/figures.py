@@ -1,12 +1,15 @@
 """Figures of the device pool: what is where, what was evicted, why prompts missed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from kvwise.cache.events import Event
+from kvwise.cache.identity import PrefixKeys
+from kvwise.cache.lookup import num_found
 from kvwise.cache.misses import MissReason
 from kvwise.cache.pool import BlockPool
 from kvwise.cache.store import BlockStore
 from kvwise.cache.tables import SequenceTables
+from kvwise.cache.terms import Terms
 from kvwise.cache.values import Usage
 
 
@@ -44,6 +47,19 @@ class Figures:
     def tenant_blocks(self, tenant: str) -> int:
         """Published blocks of the tenant; counted only where there are quotas."""
         return self._store.quotas.used[tenant]
+
+    def stored(self) -> Iterator[tuple[bytes, Terms]]:
+        """(key, terms of the sequence that published it) of every published block; valid until the next change."""
+        pairs = self._store.index.pairs()
+        return ((key, self._store.terms[block]) for key, block in pairs.items())
+
+    def is_stored(self, key: bytes) -> bool:
+        """Whether a block is published under `key`, even if it is due to expire."""
+        return self._store.index.find(key) is not None
+
+    def num_resident(self, keys: PrefixKeys) -> int:
+        """Blocks of the leading run of `keys` that are published and not expired. Changes nothing."""
+        return num_found(self._store, keys, len(keys))
 
     def usage(self) -> Usage:
         """Where the blocks and pages are; O(1)."""

@@ -24,6 +24,11 @@ def find_match(store: BlockStore, keys: PrefixKeys, num_tokens: int, block_size:
     return Match(blocks, fresh * block_size, num_pending * block_size, miss, store.index.generation)
 
 
+def num_found(store: BlockStore, keys: PrefixKeys, limit: int) -> int:
+    """Length of the leading run of `keys`, at most `limit`, that is resident and not expired."""
+    return _num_unexpired(store, np.array(store.index.run(keys.chain, limit), np.int64))
+
+
 def no_match(store: BlockStore) -> Match:
     """The answer when sharing is off."""
     return Match(np.zeros(0, np.int64), 0, 0, Miss(MissReason.SHARING_OFF, 0), store.index.generation)

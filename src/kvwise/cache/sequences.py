@@ -81,7 +81,7 @@ class Sequences:
         table.tables[twin, :full] = shared
         for column in (table.num_computed, table.num_published, table.publish_at, table.expires_at, table.idle_s):
             column[twin] = column[row]
-        table.tenants[twin] = table.tenants[row]
+        table.terms[twin] = table.terms[row]
         if row in table.limits:
             table.limits[twin] = table.limits[row]
         table.num_blocks[twin] = full
@@ -127,8 +127,8 @@ class Sequences:
             row_of, depths = _spread(due, start, stop - start)
             blocks = table.tables[row_of, depths].astype(np.int64)
             dates = self._dates(row_of, depths) if table.dated else None
-            tenants = [table.tenants[row] for row in row_of.tolist()] if self._store.quotas.limits else []
-            self._store.publish(Publication(keys, parents, blocks, depths, probes, dates, tenants))
+            terms = [table.terms[row] for row in row_of.tolist()]
+            self._store.publish(Publication(keys, parents, blocks, depths, probes, dates, terms))
 
     def _dates(self, rows: Ints, depths: Int64) -> Floats:
         """Ends and idle times [2, n] of the blocks at (row, depth), seconds."""

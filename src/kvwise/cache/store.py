@@ -14,6 +14,7 @@ from kvwise.cache.misses import Ledger, RemovalReason
 from kvwise.cache.pool import BlockPool
 from kvwise.cache.prefix import PrefixIndex
 from kvwise.cache.quotas import Quotas
+from kvwise.cache.terms import NO_LIMIT, Terms
 from kvwise.cache.values import Withdrawn
 from kvwise.core.clock import Clock
 from kvwise.core.errors import InvariantError
@@ -24,8 +25,7 @@ class Publication(NamedTuple):
     """Full blocks of any number of chains: `blocks[i]` holds `keys[i]`, whose parent is `parents[i]`.
 
     `depths` [n] are indices in their chains, `probes` block -> probe at depth 0, `dates` float64 [2, n] when they
-    expire and their idle times in seconds (None: nothing expires). `tenants[i]` owns block i; it is empty where there
-    are no quotas.
+    expire and their idle times in seconds (None: nothing expires), `terms[i]` what their sequences are kept under.
     """
 
     keys: list[bytes]
@@ -34,7 +34,7 @@ class Publication(NamedTuple):
     depths: Blocks
     probes: dict[int, bytes]
     dates: Floats | None
-    tenants: list[str]
+    terms: list[Terms]
 
     def only(self, places: Sequence[int]) -> "Publication":
         """The part at these indices."""
@@ -45,7 +45,7 @@ class Publication(NamedTuple):
             self.depths[places],
             self.probes,
             None if self.dates is None else self.dates[:, places],
-            [self.tenants[i] for i in places if self.tenants],
+            [self.terms[i] for i in places],
         )
 
 
@@ -67,7 +67,7 @@ class BlockStore:
         self.ledger = Ledger(capacity=max(4 * pool.num_blocks, 1024))
         self.events = EventLog(max_events)
         self.quotas = Quotas(quotas)
-        self.tenants: list[str] = [""] * pool.num_blocks  # of published blocks; kept only where there are quotas
+        self.terms: list[Terms] = [NO_LIMIT] * pool.num_blocks  # of published blocks
         self.held: npt.NDArray[np.int32] = np.zeros(pool.num_blocks, np.int32)
         self.foreign: set[bytes] = set()
         self.num_idle = 0
@@ -135,13 +135,15 @@ class BlockStore:
         if not new.keys:
             return
         self.index.keyed[new.blocks] = True
-        for block, tenant in zip(new.blocks.tolist(), new.tenants, strict=False):
-            self.tenants[block] = tenant
-            self.quotas.charge(tenant, 1)
+        ids = new.blocks.tolist()
+        for block, terms in zip(ids, new.terms, strict=True):
+            self.terms[block] = terms
+            if self.quotas.limits:
+                self.quotas.charge(terms.tenant, 1)
         if new.dates is not None:
             self.lifecycle.expiry.date(new.blocks, new.dates[0], new.dates[1], now)
         self.policy.insert(new.blocks, np.frombuffer(b"".join(new.keys), np.uint64)[::4], new.depths)
-        self.events.append(BlocksStored(now, tuple(new.keys), tuple(new.parents), tuple(new.blocks.tolist())))
+        self.events.append(BlocksStored(now, tuple(new.keys), tuple(new.parents), tuple(ids)))
 
     def withdraw(self, blocks: Blocks, reason: RemovalReason) -> None:
         """Make published `blocks` unfindable; idle ones become free, referenced ones private."""
@@ -188,7 +190,8 @@ class BlockStore:
         room = {tenant: self.quotas.room(tenant) for tenant in self.quotas.limits}
         wanted: dict[bytes, str] = {}
         places = []
-        for i, (key, block, tenant) in enumerate(zip(new.keys, new.blocks.tolist(), new.tenants, strict=True)):
+        for i, (key, block, terms) in enumerate(zip(new.keys, new.blocks.tolist(), new.terms, strict=True)):
+            tenant = terms.tenant
             taken = key in wanted or self.index.find(key) is not None or self.index.key(block) is not None
             if tenant in room and not taken:
                 if room[tenant] < 1:
@@ -219,7 +222,7 @@ class BlockStore:
             self.quotas.hold(self._owned(blocks))
 
     def _owned(self, blocks: Blocks) -> list[tuple[int, str, int]]:
-        return [(block, self.tenants[block], 1) for block in blocks.tolist()]
+        return [(block, self.terms[block].tenant, 1) for block in blocks.tolist()]
 
     def _unpublish(self, blocks: Blocks, reason: RemovalReason) -> None:
         idle = blocks[self.pool.refs[blocks] == 0]
@@ -227,7 +230,7 @@ class BlockStore:
         if self.quotas.limits:
             self.quotas.hold(self._owned(idle[~self.lifecycle.pinned[idle]]))
             for block in ids:
-                self.quotas.discharge(self.tenants[block], 1)
+                self.quotas.discharge(self.terms[block].tenant, 1)
         keys = self.index.discard(ids)
         self.lifecycle.forget(blocks)
         self.num_idle -= len(idle)

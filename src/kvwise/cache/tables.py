@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvwise.cache.identity import PrefixKeys
-from kvwise.cache.terms import Terms
+from kvwise.cache.terms import NO_LIMIT, Terms
 from kvwise.core.errors import CapacityError, InvariantError
 from kvwise.policies.base import Blocks
 
@@ -38,7 +38,7 @@ class SequenceTables:
         self.expires_at: Floats = np.full(max_sequences, np.inf)
         self.idle_s: Floats = np.full(max_sequences, np.inf)
         self.dated = False  # whether anything here ever had a deadline: without one, publishing need not ask
-        self.tenants: list[str] = [""] * max_sequences
+        self.terms: list[Terms] = [NO_LIMIT] * max_sequences
         self.limits: dict[int, Floats] = {}
         self.keys: list[PrefixKeys | None] = [None] * max_sequences
         self._free = list(range(max_sequences - 1, -1, -1))
@@ -78,7 +78,7 @@ class SequenceTables:
         """What the row publishes is kept under `terms`."""
         self.expires_at[row] = terms.expires_at
         self.idle_s[row] = terms.idle_s
-        self.tenants[row] = terms.tenant
+        self.terms[row] = terms
         self.dated = self.dated or min(terms.expires_at, terms.idle_s) < np.inf
 
     def limit(self, row: int, start: int, expires_at: Floats) -> None:

@@ -13,7 +13,8 @@ from kvwise.study.cells import Cell
 from kvwise.study.face import Bench, LoaderFace, LoaderRun, LoaderSetup, ModelFacts, StepTime
 from kvwise.study.loading_section import BASE, COMPUTE, LOAD, Loading, Mixed, read_bandwidth
 from kvwise.study.plan import Plan
-from kvwise.study.rows import CellResult, Row, load_report, loading_result
+from kvwise.study.rows import CellResult, Row, loading_result
+from kvwise.study.tier_rows import load_report
 from kvwise.study.workloads import sample_prompts
 
 WARM_UP_TOKENS = 64

@@ -94,8 +94,8 @@ class StudyFolder:
         found, version = marked
         if version not in READABLE:
             raise UsageError(
-                f"{self.path} was written in format {version}; this kvwise reads formats 2 and {FORMAT}: choose another "
-                f"with --output, or read it with the kvwise that wrote it"
+                f"{self.path} was written in format {version}; this kvwise reads formats 2 and {FORMAT}: choose "
+                f"another with --output, or read it with the kvwise that wrote it"
             )
         return found
 

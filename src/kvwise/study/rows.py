@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +14,10 @@ from kvwise.study.cells import Cell
 from kvwise.study.face import ModelFacts, OnOffRun
 from kvwise.study.live import Drive, Sample
 from kvwise.study.quality import Examined, Marked
-from kvwise.study.tier_rows import LOAD_REPORT, Row, load_columns, load_report, tier_columns
+from kvwise.study.tier_rows import LOAD_REPORT, TIERS, load_columns, load_report, tier_columns
 from kvwise.study.workloads import Job
+
+Row = dict[str, Any]
 
 _TEXT, _REAL, _WHOLE, _FLAG = pa.string(), pa.float64(), pa.int64(), pa.bool_()
 _COUNTS = pa.map_(_TEXT, _WHOLE)
@@ -79,15 +82,7 @@ TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
         "tokens_reused": _WHOLE,
         "num_parameters": _WHOLE,
         "kv_token_bytes": _WHOLE,
-        "tier_hits": _COUNTS,  # per tier below the device: blocks found at admissions
-        "tier_misses": _COUNTS,  # blocks looked up there and not found, up to the first that no tier had
-        "tier_hit_ratio": pa.map_(_TEXT, _REAL),  # hits / (hits + misses)
-        "tier_token_share": pa.map_(_TEXT, _REAL),  # of the prompt tokens looked up: found on the device, or in a tier
-        "tier_bytes": _COUNTS,  # at the end
-        "tier_faults": _COUNTS,
-        "loads": _COUNTS,  # decision -> requests: compute, load, both
-        "mean_regret_s": _REAL,  # of those requests, against the better fixed choice
-        "tokens_loaded": _WHOLE,
+        **TIERS,
     },
     "requests": {
         "request": _WHOLE,

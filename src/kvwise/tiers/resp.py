@@ -24,7 +24,7 @@ _SMALL = 4096  # pieces below this many bytes are copied together
 _MAX_ITEMS = 1 << 16  # of one answer, arrays in arrays counted
 _MAX_DEPTH = 2  # of arrays in arrays
 _AHEAD = 16  # commands that are ahead of their answers
-_AHEAD_BYTES = 4 << 20  # of answers: more of them only push each other out of the server's and our caches
+_AHEAD_BYTES = 2 << 20  # of answers: more of them only push each other out of the server's and our caches
 _MAX_ITEM_BYTES = 1024  # of a string in an array
 
 

@@ -48,7 +48,7 @@ def make_tier(
     down, up = f"{above}:{spec.kind}", f"{spec.kind}:{above}"
     return Tier(
         index,
-        _store(spec, layout),
+        _store(spec, layout, clock),
         Breaker(spec.kind, clock),
         read_pace=Pace(up, links.get(up), clock),
         write_pace=Pace(down, links.get(down), clock),
@@ -62,7 +62,7 @@ def link_names(tiers: Sequence[TierSpec]) -> list[str]:
     return [f"{a}:{b}" for pair in pairs for a, b in (pair, pair[::-1])]
 
 
-def _store(spec: TierSpec, layout: KVLayout) -> ByteStore:
+def _store(spec: TierSpec, layout: KVLayout, clock: Clock) -> ByteStore:
     record_bytes = layout.block_bytes + header_bytes(layout.num_layers)
     if spec.kind == "host":
         if spec.size_bytes < record_bytes:
@@ -71,7 +71,7 @@ def _store(spec: TierSpec, layout: KVLayout) -> ByteStore:
             )
         return HostStore(spec.size_bytes)
     if spec.kind == "disk":
-        return DiskStore(Path(spec.where))
+        return DiskStore(Path(spec.where), clock=clock)
     if spec.kind == "redis":
         return RedisStore(spec.where)
     if spec.kind == "object":

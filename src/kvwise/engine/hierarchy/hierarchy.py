@@ -24,6 +24,7 @@ from kvwise.tiers.record import Header, open_record
 _MOST_COUNTED = 100_000  # blocks whose uses are counted before they are stored
 _LOOKED_AHEAD_BYTES = 256 * 2**20  # fetched for waiting requests at a time
 _FLUSH_S = 10.0
+_REFRESH_S = 1.0  # how often to look for what other processes have stored
 
 
 class StoredBlock(NamedTuple):
@@ -91,6 +92,7 @@ class Hierarchy:
         self._store_after = store_after
         self._most_held = most_held
         self._num_held = 0
+        self._refresh_at = clock.now() + _REFRESH_S
         self._cancelled: set[bytes] = set()  # purged while on their way down, behind a tier that hangs
         self._done: deque[Blocks] = deque()
         self._uses: OrderedDict[bytes, int] = OrderedDict()
@@ -283,12 +285,15 @@ class Hierarchy:
             self._cancelled.clear()
         for tier in self.tiers:
             tier.expire()
-        if not len(self._fetcher) and any(not tier.is_well or tier.has_overdue for tier in self.tiers):
+        due = self._clock.now() >= self._refresh_at
+        if not len(self._fetcher) and (due or any(not tier.is_well or tier.has_overdue for tier in self.tiers)):
+            self._refresh_at = self._clock.now() + _REFRESH_S
             self._fetcher.submit(self._tidy)
 
     def _tidy(self) -> None:
         for tier in self.tiers:
             tier.tidy()
+            tier.refresh(self.deadlines.entry)
 
     # -- forgetting ---------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from kvwise.cache.misses import Miss, MissReason, RemovalReason
 from kvwise.cache.residency import Entry, TierIndex
@@ -15,8 +15,17 @@ from kvwise.tiers.pace import Pace
 from kvwise.tiers.record import Header, read_header
 
 _log = logging.getLogger(__name__)
-EntryOf = Callable[[Header], Entry | None]
+EntryOf = Callable[[Header], Entry]
 _PROBE = Extent(bytes(32), 0, 1)  # a key nobody has: asking for it tells whether the medium answers
+
+
+@runtime_checkable
+class Refreshes(Protocol):
+    """A store that other processes write to as well, and that can tell what is new."""
+
+    def refresh(self) -> Sequence[Buffer]:
+        """The headers of records that others have added since the last look."""
+        ...
 
 
 class Item(NamedTuple):
@@ -240,24 +249,30 @@ class Tier:
     # -- start and end ------------------------------------------------------------------------------------------
 
     def adopt(self, to_entry: EntryOf) -> int:
-        """Book what a persistent store already holds; what does not fit, is expired or foreign is deleted. Blocks."""
-        found = 0
-        for view in self.store.scan():
-            header = read_header(view)
-            if isinstance(header, Fault):
-                continue
-            entry = to_entry(header)
-            if entry is None or entry.terms.expires_at <= self._clock.now():
-                self.store.delete([header.key])
-                continue
-            with self._lock:
-                reserved = self.index.reserve([entry])
-                self.index.commit([entry.key])
-            self._forget_bytes([e.key for e in (*reserved.victims, *reserved.expired)])
-            if not reserved.granted[0] and not self.has(entry.key):
-                self.store.delete([entry.key])
-            found += reserved.granted[0]
-        return found
+        """Book what a persistent store already holds; what does not fit or has expired is deleted. Blocks booked."""
+        return sum(self._book(view, to_entry) for view in self.store.scan())
+
+    def refresh(self, to_entry: EntryOf) -> int:
+        """Book what other processes have stored since the last look, where the store can tell. Blocks booked."""
+        if not isinstance(self.store, Refreshes) or not self.is_well:
+            return 0
+        return sum(self._book(view, to_entry) for view in self.store.refresh())
+
+    def _book(self, view: Buffer, to_entry: EntryOf) -> bool:
+        header = read_header(view)
+        if isinstance(header, Fault):
+            return False
+        entry = to_entry(header)
+        if entry.terms.expires_at <= self._clock.now():
+            self.store.delete([entry.key])
+            return False
+        with self._lock:
+            reserved = self.index.reserve([entry])
+            self.index.commit([entry.key])
+        self._forget_bytes([e.key for e in (*reserved.victims, *reserved.expired)])
+        if not reserved.granted[0] and not self.has(entry.key):
+            self.store.delete([entry.key])  # it does not fit
+        return reserved.granted[0]
 
     def stats(self) -> TierStats:
         """Figures of this moment."""

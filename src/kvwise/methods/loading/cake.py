@@ -64,7 +64,7 @@ class Cake(Loading):
         if self.escape and progress.last_bytes and progress.last_tokens:  # each side has had its fair attempt
             now = Reckoning(outlook, progress)
             chunk_s, all_s = now.load_s(start, stop), now.compute_s(progress.computed, stop)
-            if chunk_s is not None and all_s is not None and chunk_s > all_s and not self._waits(now, left):
+            if chunk_s is not None and all_s is not None and chunk_s > all_s:
                 return None
         return Chunk(start, stop)
 

@@ -23,9 +23,9 @@ _SHORTEST_S = 1e-9  # below what any clock tells
 class LinkEstimate:
     """Seconds of a transfer: latency + bytes / bandwidth, from the latest transfers. Thread-safe.
 
-    Fitted to the logarithm of the times by least absolute errors: an outlier moves nothing, and a change of speed is
-    followed once the newer samples are the majority, upwards as fast as downwards. Among fits that are equally good
-    (all transfers were of one size) the one with the least latency is taken. None before the first sample.
+    Fitted to the logarithm of the times by least absolute errors, capped: outliers move nothing, and a change of speed
+    is followed once the newer samples are the majority, upwards as fast as downwards. Among fits that are equally
+    good (all transfers were of one size) the one with the least latency is taken. None before the first sample.
 
     A transfer that was given up counts as one that took as long as that. Where a link looks so slow that nothing is
     loaded over it any more, nothing is measured either: tell it by `skipped`, and after `patience` times in a row the
@@ -131,7 +131,7 @@ def _fit_line(samples: Floats) -> tuple[float, float]:
     latencies = _LATENCIES * num_bytes.mean()  # in bytes
     off = np.log(seconds) - np.log(latencies[:, None] + num_bytes)  # [candidates, n]
     scale = np.median(off, axis=1)
-    errors = np.abs(off - scale[:, None]).sum(1)
+    errors = np.minimum(np.abs(off - scale[:, None]), 1.0).sum(1)  # capped: an outlier has one vote, however far off
     best = int(np.argmax(errors <= errors.min() + 1e-9))
     per_byte = math.exp(scale[best])
     return float(latencies[best] * per_byte), per_byte
