@@ -341,6 +341,15 @@ def test_pinned_and_held_blocks_of_a_tenant_are_not_pushed_out(make_cache):
     assert [cache.found(text, salt="t") for text in (first, second)] == [4, 4]
 
 
+def test_a_pinned_block_of_a_limited_tenant_may_still_be_cleared(make_cache):
+    cache = make_cache(quotas={"t": 2})
+    first = start_of(cache, 100, 2, "t")
+    cache.pin(keys_of(cache, first, "t"))
+    assert cache.clear() == 2
+    assert (cache.tenant_blocks("t"), cache.usage().num_free) == (0, 10)
+    cache.check()
+
+
 def test_a_hit_makes_a_block_the_tenants_latest(make_cache):
     cache = make_cache(quotas={"t": 2})
     first, second = start_of(cache, 100, 1, "t"), start_of(cache, 200, 1, "t")

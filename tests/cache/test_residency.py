@@ -201,7 +201,10 @@ def test_a_pin_keeps_from_eviction_until_its_deadline_and_not_from_expiry(index,
     assert index.pin([A, B, E], until=4.0) == 2
     assert index.pin([B], until=2.0) == 1
     assert index.store(E) == [C]
-    clock.advance(4.0)
+    clock.advance(2.0)
+    index.expire()
+    assert index.num_pinned == 2
+    clock.advance(2.0)
     assert index.expire() == []
     assert index.num_pinned == 0
     index.pin([A, B])

@@ -268,6 +268,7 @@ def test_computing_waits_for_what_comes_before_a_step_would_end() -> None:
     assert Cake(escape=False).may_compute(now, late)
     assert Cake().may_compute(now, progress(now, 84, 92, compute=1.0, load=1.1))
     assert Cake().may_compute(now, progress(now, 80, 92, compute=1.0, load=0.9)), "a step ends before 12 blocks come"
+    assert Cake().may_compute(now, progress(now, 88, 92, compute=0.8, load=0.9)), "a step ends where loading has got"
     assert Cake().may_compute(now, replace(late, loading=False))
     assert Cake().may_compute(now, progress(now, 84, 92, compute=1.0, load=0.9, failed=84)), "it must be computed"
     assert Cake().may_compute(now, progress(now, 92, 92, compute=1.0, load=0.9)), "all is there"
@@ -308,7 +309,7 @@ def test_the_speed_of_one_tier_says_nothing_about_another() -> None:
 def test_chunks_of_several_tiers_add_up() -> None:
     now = outlook(1.0, 0.4, tiers="h" * 88 + "d" * 12)
     assert not Cake().may_compute(now, progress(now, 84, 92, compute=1.0)), "3.2 s to load, 8 s to compute"
-    alternating = replace(now, tiers=list("hd" * 50), seconds_to_load=lambda tier, n: {"h": 0.1, "d": 10.0}[tier])
+    alternating = replace(now, tiers=list("hd" * 50), seconds_to_load=lambda tier, n: {"h": 10.0, "d": 0.1}[tier])
     assert Cake().may_compute(alternating, progress(now, 84, 92, compute=1.0))
 
 
@@ -328,3 +329,24 @@ def test_io_goes_on_while_nothing_of_the_device_is_free() -> None:
         chunks.append(chunk)
         state = progress(now, 0, chunk.start, load=1.0)
     assert chunks == [Chunk(12, 20), Chunk(4, 12), Chunk(0, 4)]
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e5])
+def test_a_link_that_breaks_down_and_recovers_is_followed_within_twenty_requests(factor: float) -> None:
+    """Once loading looks hopeless nothing is loaded, hence nothing measured: it is tried again all the same."""
+    learnt, device = Learnt(), Device(1e-4, 1e-8)
+
+    def serve(speed: float, count: int) -> list[Request]:
+        done = []
+        for _ in range(count):
+            done.append(simulate(device, Link(speed, 1e-4), Request(Cake(), stop=100), learnt))
+            if done[-1].decision is Decision.COMPUTE:
+                learnt.link.skipped()
+        return done
+
+    def loaded(requests: list[Request]) -> list[float]:
+        return [sum(request.num_loads) / 100 for request in requests]
+
+    assert min(loaded(serve(1e7, 20))[5:]) > 0.9
+    assert sum(loaded(serve(1e7 / factor, 20))[5:]) == 0
+    assert min(loaded(serve(1e7, 25))[20:]) > 0.9

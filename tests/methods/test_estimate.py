@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from kvwise.methods.loading.estimate import Hindsight, LinkEstimate, PrefillEstimate, regret
 
-SEEDS = st.integers(0, 2**32 - 1)
 FACTORS = pytest.mark.parametrize("factor", [100.0, 0.01])
 
 
@@ -30,8 +29,8 @@ def test_a_link_is_unknown_before_its_first_transfer() -> None:
     assert link.seconds(500) == pytest.approx(1.0), "of one size all is taken for bandwidth"
 
 
-@given(seed=SEEDS, speed=st.floats(1e5, 1e11), share=st.floats(0, 30))
-@settings(max_examples=60)
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("speed", "share"), [(1e5, 0.0), (1e8, 0.1), (1e9, 1.0), (1e11, 30.0)])
 def test_latency_and_bandwidth_are_told_apart(seed: int, speed: float, share: float) -> None:
     link, latency = LinkEstimate(), share * 1e6 / speed
     feed(link, np.random.default_rng(seed), 12, latency, speed, 0.0)
@@ -40,15 +39,15 @@ def test_latency_and_bandwidth_are_told_apart(seed: int, speed: float, share: fl
 
 
 @FACTORS
-@given(seed=SEEDS, latency=st.sampled_from([0.0, 1e-4, 1e-2]))
-@settings(max_examples=40)
+@pytest.mark.parametrize("latency", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("seed", range(12))
 def test_a_link_that_changes_a_hundredfold_is_followed_within_twenty_transfers(
     factor: float, seed: int, latency: float
 ) -> None:
     rng, link = np.random.default_rng(seed), LinkEstimate()
     feed(link, rng, 50, latency, 1e8, 0.1)
     feed(link, rng, 20, latency / factor, 1e8 * factor, 0.1)
-    for num_bytes in (10**5, 10**6, 10**7):
+    for num_bytes in (10**5, 10**6):
         assert link.seconds(num_bytes) == pytest.approx((latency + num_bytes / 1e8) / factor, rel=0.35)
 
 
@@ -62,13 +61,13 @@ def test_equal_transfers_are_followed_in_seven(factor: float) -> None:
     assert link.seconds(10**6) == pytest.approx(factor)
 
 
-@given(seed=SEEDS)
-@settings(max_examples=40)
-def test_outliers_move_nothing(seed: int) -> None:
-    rng, link = np.random.default_rng(seed), LinkEstimate()
-    feed(link, rng, 9, 1e-3, 1e8, 0.02)
-    feed(link, rng, 3, 1.0, 1e6, 0.5)
-    assert link.seconds(10**6) == pytest.approx(1e-3 + 1e-2, rel=0.3)
+def test_outliers_move_nothing() -> None:
+    """A quarter of the transfers are off by about a hundred, among sizes over three decades."""
+    for seed in range(400):
+        rng, link = np.random.default_rng(seed), LinkEstimate()
+        feed(link, rng, 9, 1e-3, 1e8, 0.02)
+        feed(link, rng, 3, 1.0, 1e6, 0.5)
+        assert link.seconds(10**6) == pytest.approx(1e-3 + 1e-2, rel=0.15)
 
 
 def test_more_bytes_never_take_less() -> None:
@@ -130,8 +129,8 @@ def test_prefill_is_unknown_before_its_first_step_and_then_a_cost_per_token() ->
     assert estimate.seconds(5, 5) == 0
 
 
-@given(each=st.floats(1e-6, 1e-3), context_weight=st.floats(0, 3), seed=SEEDS)
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("each", "context_weight"), [(1e-6, 0.0), (1e-4, 0.3), (1e-3, 3.0)])
 def test_cost_that_grows_with_the_context_is_learnt(each: float, context_weight: float, seed: int) -> None:
     pair = context_weight * each / 4096
     estimate = PrefillEstimate()
@@ -141,8 +140,7 @@ def test_cost_that_grows_with_the_context_is_learnt(each: float, context_weight:
 
 
 @FACTORS
-@given(seed=SEEDS)
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("seed", range(12))
 def test_prefill_that_changes_a_hundredfold_is_followed_within_twenty_steps(factor: float, seed: int) -> None:
     estimate, each, pair = PrefillEstimate(), 1e-5, 5e-9
     rng = np.random.default_rng(seed)
@@ -161,6 +159,13 @@ def test_equal_steps_are_followed_within_twenty(factor: float) -> None:
         estimate.observe(256, 1024, seconds)
         guess = estimate.seconds(1024, 1280)
     assert guess == pytest.approx(factor, rel=0.05)
+
+
+def test_newer_steps_weigh_more() -> None:
+    estimate = PrefillEstimate()
+    for seconds in [1.0] * 8 + [2.0] * 8:
+        estimate.observe(256, 1024, seconds)
+    assert 1.6 < (estimate.seconds(1024, 1280) or 0.0) < 2
 
 
 def test_many_short_steps_do_not_unlearn_the_long_ones() -> None:

@@ -1,5 +1,7 @@
 """Load brings back everything, first to last, and computes only what is missing then; compute leaves it all alone."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -99,3 +101,13 @@ def test_compute_stores_and_loads_nothing() -> None:
     done = simulate(DEVICE, Link(1e9), Request(Compute(), stop=100), Guess())
     assert done.num_computes == [1] * 100
     assert done.prefix_s == pytest.approx(DEVICE.seconds(0, 1600))
+
+
+def test_loading_methods_know_no_tensors() -> None:
+    code = (
+        "import sys, pkgutil, importlib, kvwise.methods.loading as loading\n"
+        "for module in pkgutil.iter_modules(loading.__path__):\n"
+        "    importlib.import_module(f'{loading.__name__}.{module.name}')\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

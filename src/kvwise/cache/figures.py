@@ -1,6 +1,7 @@
 """Figures of the device pool: what is where, what was evicted, why prompts missed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 
 from kvwise.cache.events import Event
 from kvwise.cache.identity import PrefixKeys
@@ -52,6 +53,12 @@ class Figures:
         """(key, terms of the sequence that published it) of every published block; valid until the next change."""
         pairs = self._store.index.pairs()
         return ((key, self._store.terms[block]) for key, block in pairs.items())
+
+    def deadlines_of(self, keys: Sequence[bytes]) -> list[float]:
+        """When each published block expires if nobody hits it again, in seconds; infinity: never, or not here."""
+        found = map(self._store.index.find, keys)
+        at = self._store.lifecycle.expiry.at
+        return [inf if block is None else float(at[block]) for block in found]
 
     def is_stored(self, key: bytes) -> bool:
         """Whether a block is published under `key`, even if it is due to expire."""

@@ -31,7 +31,7 @@ class _Session:
     opened_at: float
     used_at: float
     is_open: bool = True
-    keys: dict[bytes, None] = field(default_factory=dict)  # a set in order of first use
+    keys: dict[bytes, bytes] = field(default_factory=dict)  # key -> its parent (b"": not told), in order of first use
     requests: set[str] = field(default_factory=set)
 
     @property
@@ -80,15 +80,15 @@ class Sessions:
         known.ttl, known.used_at = ttl, now
         self._soonest = min(self._soonest, known.closes_at)
 
-    def use(self, session: str, keys: Iterable[bytes]) -> None:
-        """The session matched or published `keys`; its idle time starts anew.
+    def use(self, session: str, keys: Sequence[bytes], parent: bytes = b"") -> None:
+        """The session matched or published `keys`, a run of one chain behind `parent`; its idle time starts anew.
 
         A closed one holds nothing by that, but remembers them for a purge. UsageError if it is unknown.
         """
         now = self._close_due()
         known = self._require(session)
-        for key in keys:
-            known.keys[key] = None
+        for before, key in zip([parent, *keys], keys, strict=False):
+            known.keys[key] = before
             self._holders.setdefault(key, set()).add(session)
         self._slide(known, now)
 
@@ -145,6 +145,11 @@ class Sessions:
         for key in known.keys:
             (shared if self._is_held(key, session, now) else purge).append(key)
         return purge, shared
+
+    def links(self, session: str) -> dict[bytes, bytes]:
+        """Key -> the key before it in its chain (b"": not told) of all that the session used; UsageError if unknown."""
+        self._close_due()
+        return dict(self._require(session).keys)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """`keys` left every tier: nobody holds them."""

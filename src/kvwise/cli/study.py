@@ -68,6 +68,20 @@ Protocol = Annotated[list[str] | None, typer.Option(help="multi-turn, multi-requ
 QualityOnly = Annotated[
     bool, typer.Option("--quality-only", help="Measure answers only, no traffic; without a plan: the quality plan.")
 ]
+Paper = Annotated[
+    str | None, typer.Option("--paper", help="Run a paper's tables and print its figures beside: 2410.03065 (Cake).")
+]
+Tiers = Annotated[
+    list[str] | None,
+    typer.Option("--tiers", help="Below the device: 'host(size=1GiB)', several by ' + ', or none.",
+                 rich_help_panel=Change),
+]  # fmt: skip
+Lifetime = Annotated[
+    list[str] | None, typer.Option("--ttl", help="Seconds that KV is kept, or never.", rich_help_panel=Change)
+]
+IdleLifetime = Annotated[
+    list[str] | None, typer.Option("--idle-ttl", help="Likewise, without being used.", rich_help_panel=Change)
+]
 TimeLimit = Annotated[float | None, typer.Option(help="Seconds for this run.", rich_help_panel=Change)]
 Seed = Annotated[int | None, typer.Option(rich_help_panel=Change)]
 Dtype = Annotated[str | None, typer.Option(rich_help_panel=Change)]
@@ -86,14 +100,15 @@ def study(
     as_json: Json = False,
     overwrite_own: Aside = False,
     quality_only: QualityOnly = False,
+    paper: Paper = None,
 ) -> None:
     """Measure strategies side by side and say what to run. Without a command: run the default plan."""
     if context.invoked_subcommand is None:
         folder = Path(DEFAULT_OUTPUT) if output is None else output
-        chosen = _read(None, None, quality_only=quality_only)
+        chosen = _read(None, None, quality_only=quality_only, paper=paper)
         _run(chosen, folder, as_json=as_json, overwrite_own=overwrite_own, retry_failed=False)
         return
-    given = [context.get_parameter_source(o) for o in ("output", "as_json", "overwrite_own", "quality_only")]
+    given = [context.get_parameter_source(o) for o in ("output", "as_json", "overwrite_own", "quality_only", "paper")]
     if any(source is not None and source.name == "COMMANDLINE" for source in given):
         name = context.invoked_subcommand
         raise UsageError(f"options go behind the command: kvwise study {name} ... (see kvwise study {name} --help)")
@@ -107,6 +122,7 @@ def run(
     overwrite_own: Aside = False,
     retry_failed: Retry = False,
     quality_only: QualityOnly = False,
+    paper: Paper = None,
     model: Model = None,
     strategy: StrategyText = None,
     budget: Budget = None,
@@ -114,6 +130,9 @@ def run(
     max_concurrency: Concurrency = None,
     context_length: Context = None,
     memory: Memory = None,
+    tiers: Tiers = None,
+    ttl: Lifetime = None,
+    idle_ttl: IdleLifetime = None,
     repeats: Repeats = None,
     num_prompts: NumPrompts = None,
     burstiness: Burstiness = None,
@@ -137,12 +156,13 @@ def run(
     changes = Overrides(
         model=model or (), strategy=strategy or (), budget=budget or (), request_rate=request_rate or (),
         max_concurrency=max_concurrency or (), context_length=context_length or (), memory=memory or (),
+        tiers=tiers or (), ttl=ttl or (), idle_ttl=idle_ttl or (),
         repeats=repeats, num_prompts=num_prompts, burstiness=burstiness, goodput=goodput or (),
         min_quality=min_quality, time_limit=time_limit, seed=seed, dtype=dtype, link=link or (),
         trace=trace, trace_block_size=trace_block_size, length_scale=length_scale, time_scale=time_scale,
         block=block or (), task=task or (), protocol=protocol or (),
     )  # fmt: skip
-    chosen = _read(plan_file, changes, quality_only=quality_only)
+    chosen = _read(plan_file, changes, quality_only=quality_only, paper=paper)
     _run(chosen, output, as_json=as_json, overwrite_own=overwrite_own, retry_failed=retry_failed)
 
 
@@ -151,15 +171,16 @@ def plan(
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.toml]", help="Default: the built-in plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
     quality_only: QualityOnly = False,
+    paper: Paper = None,
 ) -> None:
     """Print a plan as TOML on standard output, and how many cells it has on standard error."""
     from kvwise.study.cells import check_strategies, expand
-    from kvwise.study.plan import default_plan_text, plan_hash, quality_plan_text
+    from kvwise.study.plan import default_plan_text, paper_plan_text, plan_hash, quality_plan_text
     from kvwise.study.progress import clock_time
     from kvwise.study.run import nominal_seconds
     from kvwise.study.toml import to_toml
 
-    chosen = _read(plan_file, None, quality_only=quality_only)
+    chosen = _read(plan_file, None, quality_only=quality_only, paper=paper)
     check_strategies(chosen, _parse)
     cells = expand(chosen)
     if as_json:
@@ -170,7 +191,8 @@ def plan(
         typer.echo(json.dumps({"plan": chosen.name, "hash": plan_hash(chosen), "cells": facts}, indent=1))
         return
     built_in = quality_plan_text if quality_only else default_plan_text
-    typer.echo(built_in() if plan_file is None else to_toml(chosen), nl=False)
+    text = built_in() if paper is None else paper_plan_text(paper)
+    typer.echo(text if plan_file is None else to_toml(chosen), nl=False)
     seconds = clock_time(sum(map(nominal_seconds, cells)))
     typer.echo(f"{len(cells)} cells, at least {seconds}, hash {plan_hash(chosen)}", err=True)
 
@@ -240,7 +262,7 @@ def _run(plan: "Plan", output: Path, *, as_json: bool, overwrite_own: bool, retr
         if moved is not None:
             typer.echo(f"{output} held a study of another plan; it is now {moved}", err=True)
     StudyFolder(output).refuse_other(plan)
-    bench = Workbench(plan)
+    bench = Workbench(plan, output / "scratch")
     facts = provenance(seed=plan.seed, threads=num_threads(), plan_hash=plan_hash(plan))
     watcher, bar = make_watcher(sys.stderr)
     try:
@@ -275,10 +297,18 @@ def _open(folder: Path) -> "tuple[StudyFolder, Plan]":
     return StudyFolder.open(folder)
 
 
-def _read(plan_file: Path | None, changes: "Overrides | None", *, quality_only: bool) -> "Plan":
-    """The plan of a file, or a built-in one, with the changes made; `quality_only` leaves its traffic out."""
-    from kvwise.study.plan import default_plan, quality_plan, read_plan
+def _read(
+    plan_file: Path | None, changes: "Overrides | None", *, quality_only: bool, paper: str | None = None
+) -> "Plan":
+    """The plan of a file, of a paper, or a built-in one, with the changes made; `quality_only`: without its traffic."""
+    from kvwise.study.plan import default_plan, paper_plan, quality_plan, read_plan
 
+    if paper is not None:
+        if plan_file is not None or quality_only:
+            other = "--quality-only" if plan_file is None else str(plan_file)
+            raise UsageError(f"--paper {paper} is a plan of its own: leave out {other}")
+        plan = paper_plan(paper)
+        return plan if changes is None else changes.apply(plan)
     built_in = quality_plan if quality_only else default_plan
     plan = built_in() if plan_file is None else read_plan(plan_file)
     plan = plan if changes is None else changes.apply(plan)

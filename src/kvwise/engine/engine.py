@@ -257,10 +257,10 @@ class Engine:
 
     def _note_growth(self, sequence: Sequence) -> None:
         assert sequence.row is not None
-        chain = self.memory.cache.chain(sequence.row).chain
-        if len(chain) > sequence.num_owned:
-            self.lifecycle.grew(sequence.session, chain[sequence.num_owned :])
-            sequence.num_owned = len(chain)
+        keys = self.memory.cache.chain(sequence.row)
+        if len(keys) > sequence.num_owned:
+            self.lifecycle.grew(sequence.session, keys, sequence.num_owned)
+            sequence.num_owned = len(keys)
 
     def collect(self) -> list[RequestOutput]:
         """Outputs of all sequences with news since the last call; requests that have ended are forgotten."""

@@ -114,16 +114,16 @@ class Lifecycle:
                 self.registry.open(owner.session, owner.tenant, self._session_ttls.get(owner.session, NO_TTL))
             elif known[owner.session].tenant != owner.tenant:
                 raise UsageError(f"session {owner.session!r} belongs to another tenant: choose another name")
-            self.registry.use(owner.session, keys.chain)
+            self.registry.use(owner.session, keys.chain, keys.root)
         self.registry.running(request_id, keys.chain, owner.session)
         ttl = resolve(
             owner.ttl, self._session_ttls.get(owner.session), self._tenant_ttls.get(owner.tenant), self._default
         )
         return ttl.terms(self._clock.now(), tenant=owner.tenant, session=owner.session)
 
-    def grew(self, session: str, keys: Sequence[bytes]) -> None:
-        """A request of a session has published more blocks."""
-        self.registry.use(session, keys)
+    def grew(self, session: str, keys: PrefixKeys, start: int) -> None:
+        """A request of a session has published more blocks: those from index `start` of its chain on."""
+        self.registry.use(session, keys.chain[start:], keys.chain[start - 1] if start else keys.root)
 
     def end(self, request_id: str) -> None:
         """The request is over; what it was to keep warm is pinned now."""

@@ -9,6 +9,7 @@ from kvwise.core.errors import UsageError
 from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.core.strategy import Strategy
+from kvwise.core.tiering import parse_tier
 from kvwise.engine.engine import Engine
 from kvwise.methods.catalogue import parse
 from kvwise.models.load import load_model
@@ -20,7 +21,8 @@ Prompt = str | Sequence[int]
 class LLM:
     """A model under a strategy.
 
-    `model` is a folder, a hub id, a `random:` name or a loaded model; `settings` are the fields of EngineConfig.
+    `model` is a folder, a hub id, a `random:` name or a loaded model; `settings` are the fields of EngineConfig;
+    tiers may be given as text, such as `tiers=["host(size=4GiB)"]`.
 
         llm = LLM("random:13m", strategy="h2o(budget=0.2)")
         for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
@@ -35,7 +37,8 @@ class LLM:
         dtype: str = "auto",
         **settings: Any,
     ) -> None:
-        config = EngineConfig(**settings)
+        tiers = [parse_tier(tier) if isinstance(tier, str) else tier for tier in settings.pop("tiers", ())]
+        config = EngineConfig(**settings, tiers=tiers)
         chosen = parse(strategy) if isinstance(strategy, str) else strategy
         loaded = load_model(model, dtype=dtype, device=config.device) if isinstance(model, str) else model
         self.engine = Engine(loaded, chosen, config)

@@ -1,5 +1,6 @@
 """Metrics against every axis that a block of the plan varies."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,7 @@ class Axis:
     x_label: str
     place: Callable[[Condition], float | str]
     metrics: tuple[Metric, ...]
+    endless: str = "unlimited"  # what stands for an infinite place
 
     def varied(self, figures: Sequence[Figures]) -> bool:
         """Whether the figures stand at two places or more."""
@@ -43,6 +45,16 @@ class Axis:
 def scaled(interval: Interval | None, scale: float) -> Interval | None:
     """An interval in another unit."""
     return interval and Interval(interval.value * scale, interval.low * scale, interval.high * scale)
+
+
+def brief(tiers: str) -> str:
+    """Tiers as short as they can be told apart: `host 256MiB + disk 1GiB`."""
+    return re.sub(r"[a-z]+=", "", tiers).replace("(", " ").replace(")", "").replace(",", "")
+
+
+def _found(figures: Figures) -> Interval:
+    value = 100 * (sum(figures.tier_shares.values()) or figures.hit_ratio or 0.0)
+    return Interval(value, value, value)
 
 
 def _peak(figures: Figures) -> Interval:
@@ -55,6 +67,7 @@ OUTPUT = Metric("throughput", "Throughput", "output tokens per second", lambda f
 TPOT = Metric("tpot", "Time per output token", "TPOT, median, ms", lambda f: scaled(f.tpot.get(50.0), 1e3), True)
 TTFT = Metric("ttft", "Time to first token", "TTFT, median, ms", lambda f: scaled(f.ttft.get(50.0), 1e3), True)
 E2E = Metric("e2e", "Latency end to end", "latency, median, ms", lambda f: scaled(f.e2e.get(50.0), 1e3), True)
+HITS = Metric("hits", "Prompt tokens found", "% on the device or below", lambda f: _found(f))
 PEAK = Metric("peak", "Peak KV on the device", "MiB", _peak)
 
 RATE = Axis("rate", "Over the request rate", "requests per second", lambda c: c.rate, (GOODPUT, TPOT, TTFT))
@@ -63,6 +76,10 @@ OTHER_AXES = (
     Axis("concurrency", "Over concurrency", "requests at a time", lambda c: c.concurrency, (OUTPUT, TPOT)),
     Axis("context", "Over context length", "prompt tokens", lambda c: float(c.context), (E2E, PEAK)),
     MEMORY,
+    Axis("tiers", "Over the tiers", "tiers below the device", lambda c: brief(c.tiers) or "none", (TTFT, OUTPUT, HITS)),
+    Axis("links", "Over link bandwidths", "throttled links", lambda c: c.throttles or "as they are", (TTFT, OUTPUT)),
+    Axis("ttl", "Over the time to live", "TTL, s", lambda c: c.ttl_s, (HITS, TTFT), "none"),
+    Axis("idle-ttl", "Over the idle time to live", "idle TTL, s", lambda c: c.idle_ttl_s, (HITS, TTFT), "none"),
 )
 
 
@@ -81,11 +98,11 @@ def _chart(plan: Plan, palette: Palette, axis: Axis, metric: Metric, figures: Se
         metric = OUTPUT
     ticks = _ticks(figures, axis)
     series = []
+    bars = metric not in (PEAK, HITS)
     for who, points in by_strategy(figures).items():
         found = [(ticks[axis.place(p.condition)][0], value) for p in points if (value := metric.value(p)) is not None]
         found.sort(key=lambda pair: pair[0])
         line = palette.series(who, [(x, v.value) for x, v in found])
-        bars = metric is not PEAK
         low, high = tuple(v.low for _, v in found), tuple(v.high for _, v in found)
         series.append(replace(line, low=low if bars else None, high=high if bars else None))
     first = figures[0].condition
@@ -94,7 +111,7 @@ def _chart(plan: Plan, palette: Palette, axis: Axis, metric: Metric, figures: Se
         id=slug(metric.key, axis.key, first.block, first.model),
         section=axis.section,
         title=f"{metric.title}, {short(first.model)}{where}",
-        note=f"{_levels(plan)}; {BARS}" if metric is GOODPUT else "" if metric is PEAK else BARS,
+        note=f"{_levels(plan)}; {BARS}" if metric is GOODPUT else BARS if bars else "",
         x_label=axis.x_label,
         y_label=metric.y_label,
         series=tuple(series),
@@ -112,8 +129,10 @@ def _levels(plan: Plan) -> str:
 def _ticks(figures: Sequence[Figures], axis: Axis) -> dict[float | str, tuple[float, str]]:
     """Place on the axis -> (x, words). Values stand at even distances: they are few and far apart."""
     pools = {axis.place(f.condition): f.pool_bytes for f in figures}
-    ordered = sorted(pools, key=lambda place: pools[place] if isinstance(place, str) else place)
+    ordered = list(pools)  # the plan's order, which is all there is among tiers and links
+    if axis is MEMORY or not any(isinstance(place, str) for place in pools):
+        ordered = sorted(pools, key=lambda place: pools[place] if isinstance(place, str) else place)
     return {
-        place: (float(i), place if isinstance(place, str) else "unlimited" if place == float("inf") else f"{place:g}")
+        place: (float(i), place if isinstance(place, str) else axis.endless if place == float("inf") else f"{place:g}")
         for i, place in enumerate(ordered)
     }

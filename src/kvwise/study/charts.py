@@ -7,6 +7,7 @@ from statistics import median
 
 from kvwise.study.axes import OTHER_AXES, RATE, axis_charts
 from kvwise.study.chart import Chart, Rule, Series
+from kvwise.study.loading_charts import loading_charts, tier_charts
 from kvwise.study.palette import Palette, short
 from kvwise.study.quality_charts import QUALITY, front_charts, quality_charts
 from kvwise.study.summary import Study
@@ -37,6 +38,8 @@ def study_charts(study: Study) -> list[Chart]:
         *_throttled(traffic, study),
         *(c for c in quality if c.section != QUALITY),
         *_throttled(others, study),
+        *_throttled(list(tier_charts(study)), study),
+        *loading_charts(study),
         *_onoff_charts(study),
     ]
     return [chart for chart in charts if any(s.x for s in chart.series)]

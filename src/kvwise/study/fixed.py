@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from kvwise.study.loading_section import Loading
 from kvwise.study.plan import Plan
 from kvwise.study.scores import Basis
 from kvwise.study.summary import Study
@@ -14,6 +15,7 @@ def held_fixed(study: Study) -> list[tuple[str, str]]:
     plan = study.plan
     live = not plan.quality_only
     pairs = [(f"traffic, {block.name}", _traffic(block)) for block in plan.block if live]
+    pairs += [(f"loading, {table.name}", _loading(table)) for table in plan.loading if live]
     pairs += [
         ("prompts", "random token ids drawn with the seed, the same for all strategies of a condition and repeat"),
         ("decoding", "greedy; output lengths drawn, end tokens ignored"),
@@ -50,6 +52,15 @@ def _traffic(block: Any) -> str:
     return (
         f"{block.workload.kind}: {_given(workload)}; arrivals {law}; {load.fewest} to {load.max_requests} "
         f"requests in about {load.duration_s:g} s, cut at {load.time_limit_s:g} s; {block.repeats} repeats"
+    )
+
+
+def _loading(table: Loading) -> str:
+    """What all methods had in common where the first token was timed."""
+    beside = "" if table.mixed is None else f", with {_given(table.mixed.model_dump())} tokens beside"
+    return (
+        f"prefix in {table.tier}, steps of {table.step_tokens} tokens, {table.repeats} runs, methods in turn over the "
+        f"same prefix, the link throttled; one round before them is not counted{beside}"
     )
 
 

@@ -41,12 +41,12 @@ class Calibration:
 
 
 class LoadingMeasure:
-    """Runs the loading cells of a plan; what computing takes is found out once for each table and model."""
+    """Runs the loading cells of a plan; what computing takes is found out once for each model and longest prefix."""
 
     def __init__(self, plan: Plan, bench: Bench) -> None:
         self._plan = plan
         self._bench = bench
-        self._kept: dict[tuple[str, str], Calibration] = {}
+        self._kept: dict[tuple[str, int, int], Calibration] = {}
 
     def run(self, cell: Cell) -> CellResult:
         """All methods over all bandwidths of the cell's table, at its length and share."""
@@ -66,9 +66,10 @@ class LoadingMeasure:
         return loading_result(cell, rows, facts, self._bench.clock.now() - began)
 
     def _calibration(self, table: Loading, model: str, facts: ModelFacts) -> Calibration:
-        key = table.name, model
+        longest = max(table.context_lengths)
+        key = model, longest, table.step_tokens
         if key not in self._kept:
-            self._kept[key] = calibrate(self._bench, table, model, max(table.context_lengths), self._plan.seed, facts)
+            self._kept[key] = calibrate(self._bench, table, model, longest, self._plan.seed, facts)
         return self._kept[key]
 
 
@@ -152,7 +153,8 @@ class Point:
                 raise NotIdentical(f"{method} gives other tokens than computing: {_tokens(run)}, not {first}")
 
     def _row(self, method: str, run: int, speed: float, runs: Mapping[str, LoaderRun]) -> Row:
-        ours, chunk = runs[method], self._loaders[method].chunk_tokens
+        ours = runs[method]
+        chunk = min(self._loaders[method].chunk_tokens, len(self._prompt))
         output = ours.outputs[0]
         firsts = [_first_s(ours, i) for i in range(len(ours.outputs))]
         steps = [s.seconds for s in runs[COMPUTE].steps]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvwise.core.errors import PlanError
+from kvwise.study.placement import NEVER
 from kvwise.study.plan import Plan, Slo, read_plan_data
 
 
@@ -21,6 +22,9 @@ class Overrides:
     task: Sequence[str] = ()
     protocol: Sequence[str] = ()
     memory: Sequence[str] = ()
+    tiers: Sequence[str] = ()
+    ttl: Sequence[str] = ()
+    idle_ttl: Sequence[str] = ()
     repeats: int | None = None
     num_prompts: int | None = None
     burstiness: float | None = None
@@ -44,6 +48,8 @@ class Overrides:
         self._choose_blocks(data)
         for block in data["block"]:
             self._change_block(block)
+        for table in data["loading"]:
+            self._change_loading(table)
         for key, value in (("min_quality", self.min_quality), ("time_limit_s", self.time_limit),
                            ("seed", self.seed), ("dtype", self.dtype)):  # fmt: skip
             if value is not None:
@@ -60,11 +66,12 @@ class Overrides:
     def _choose_blocks(self, data: dict[str, Any]) -> None:
         if not self.block:
             return
-        known = [block["name"] for block in data["block"]]
+        known = [block["name"] for block in (*data["block"], *data["loading"])]
         for name in self.block:
             if name not in known:
                 raise PlanError(f"--block {name}: the plan has no such block (it has: {', '.join(known)})")
-        data["block"] = [block for block in data["block"] if block["name"] in self.block]
+        for kind in ("block", "loading"):
+            data[kind] = [block for block in data[kind] if block["name"] in self.block]
         data.pop("onoff", None)
 
     def _change_block(self, block: dict[str, Any]) -> None:
@@ -81,6 +88,9 @@ class Overrides:
             ("concurrency", [_count_or(text, "unlimited", "--max-concurrency") for text in self.max_concurrency]),
             ("context_lengths", self.context_length),
             ("memory", self.memory),
+            ("tiers", [_list_of(text) for text in self.tiers]),
+            ("ttl_s", [_number_or(text, (NEVER,), "--ttl") for text in self.ttl]),
+            ("idle_ttl_s", [_number_or(text, (NEVER,), "--idle-ttl") for text in self.idle_ttl]),
         )
         block.update({key: list(values) for key, values in axes if values})
         if self.repeats is not None:
@@ -89,6 +99,12 @@ class Overrides:
             block["load"]["burstiness"] = self.burstiness
         if self.num_prompts is not None:
             block["load"] |= {"min_requests": self.num_prompts, "max_requests": self.num_prompts}
+
+    def _change_loading(self, table: dict[str, Any]) -> None:
+        axes = (("models", self.model), ("context_lengths", self.context_length))
+        table.update({key: list(values) for key, values in axes if values})
+        if self.repeats is not None:
+            table["repeats"] = self.repeats
 
     def _change_trace(self, block: dict[str, Any]) -> None:
         given = {"block_size": self.trace_block_size, "length_scale": self.length_scale, "time_scale": self.time_scale}
@@ -115,6 +131,10 @@ def _split(text: str, mark: str, option: str, example: str) -> tuple[str, str]:
     if not found or not name or not value:
         raise PlanError(f"{option} {text}: write it as {option} {example}")
     return name, value
+
+
+def _list_of(text: str) -> list[str]:
+    return [] if text == "none" else [part.strip() for part in text.split(" + ")]
 
 
 def _number(text: str, where: str) -> float:

@@ -13,6 +13,8 @@ from kvwise.study import words
 from kvwise.study.chart import Chart
 from kvwise.study.charts import onoff_times, study_charts
 from kvwise.study.fixed import held_fixed
+from kvwise.study.loading_charts import LOADING
+from kvwise.study.loading_page import loading_section
 from kvwise.study.markup import pairs, table, who
 from kvwise.study.palette import Palette, short, slug
 from kvwise.study.plotly_chart import plotly_chart
@@ -76,7 +78,8 @@ def sections_of(study: Study, charts: Sequence[Chart]) -> list[str]:
     """The sections in the charts' order; those of quality also where there are figures and no chart."""
     names = dict.fromkeys(section_of(q.basis) for q in study.qualities)
     first = [QUALITY] if QUALITY in names else []
-    return list(dict.fromkeys([*first, *(chart.section for chart in charts), *names]))
+    loading = [LOADING] if study.loading else []
+    return list(dict.fromkeys([*first, *(chart.section for chart in charts), *names, *loading]))
 
 
 def _head(study: Study, sections: Sequence[str]) -> str:
@@ -107,6 +110,8 @@ def _section(name: str, charts: Sequence[Chart], study: Study, paint: dict[str, 
     extra = _onoff_table(study) if any(chart.id.startswith("onoff") for chart in charts) else ""
     if name in (QUALITY, AGREEMENT):
         extra = quality_section(study, name, paint)
+    if name == LOADING:
+        extra = loading_section(study)
     figures = "\n".join(
         f"<figure><h3>{escape(c.title)}</h3><figcaption>{escape(c.note)}</figcaption>"
         f'<div class="plot" id="{c.id}" role="img" aria-label="{escape(c.section)}: {escape(c.title)}"></div></figure>'

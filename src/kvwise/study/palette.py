@@ -15,7 +15,7 @@ class Palette:
     """Colours and ranks of the strategies of a study."""
 
     def __init__(self, study: Study) -> None:
-        whos = {who_of(row) for row in study.cells if row["kind"] != CellKind.ONOFF}
+        whos = {who_of(row) for row in study.cells if row["kind"] not in (CellKind.ONOFF, CellKind.LOADING)}
         ordered = sorted(whos, key=lambda who: who.order)
         self.colours = colours([who.framework for who in ordered])
         budgets: dict[str, list[float]] = defaultdict(list)

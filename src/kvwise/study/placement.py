@@ -9,6 +9,8 @@ from kvwise.core.options import read_call
 from kvwise.core.sizes import parse_link
 from kvwise.core.tiering import TierSpec, parse_tier
 
+NEVER = "never"  # the time to live of what has none, as a plan writes it
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

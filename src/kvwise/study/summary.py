@@ -12,6 +12,8 @@ import numpy as np
 from kvwise.study import bootstrap
 from kvwise.study.bootstrap import Interval
 from kvwise.study.cells import CellKind
+from kvwise.study.loading_figures import LoadingFigures, loading_figures
+from kvwise.study.placement import placement_words
 from kvwise.study.plan import Plan, Slo
 from kvwise.study.record import StudyFolder
 from kvwise.study.rows import Row, Status
@@ -47,6 +49,21 @@ class Condition:
     concurrency: float  # inf: no limit
     rate: float  # inf: at once
     trace_times: bool = False
+    tiers: str = ""
+    throttles: str = ""  # links that are slowed down, on top of the plan's
+    ttl_s: float = math.inf
+    idle_ttl_s: float = math.inf
+
+    @property
+    def kept(self) -> tuple[float, float]:
+        """How long KV is kept."""
+        return self.ttl_s, self.idle_ttl_s
+
+    @property
+    def placed(self) -> str:
+        """Tiers, links and times to live in words, each behind a comma; empty where all is as usual."""
+        finite = [None if math.isinf(seconds) else seconds for seconds in self.kept]
+        return "".join(f", {part}" for part in placement_words(self.tiers, self.throttles, *finite))
 
     def load_text(self) -> str:
         """The load in words."""
@@ -83,6 +100,12 @@ class Figures:
     hit_ratio: float | None
     preemptions: int
     links: dict[str, str]
+    tier_shares: dict[str, float] = field(default_factory=dict)  # of the prompt tokens: found there; with tiers only
+    tier_hit_ratio: dict[str, float] = field(default_factory=dict)  # of the blocks looked up there
+    tier_faults: dict[str, int] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)  # decision -> requests
+    regret: float | None = None  # mean seconds of those requests, against the better fixed choice
+    tokens_loaded: int = 0
     quality: QualityFigures | None = None  # of the nearest context length that was measured; it says which
 
     @property
@@ -104,6 +127,8 @@ class Study:
     answers: list[Row]
     onoff: list[Row]
     num_left: int = 0
+    loads: list[Row] = field(default_factory=list)
+    loading: list[LoadingFigures] = field(default_factory=list)
     figures: list[Figures] = field(default_factory=list)
     qualities: list[QualityFigures] = field(default_factory=list)
 
@@ -122,7 +147,7 @@ class Study:
 
 def load_study(folder: StudyFolder, plan: Plan, num_left: int = 0) -> Study:
     """Read a study's rows and work out its figures."""
-    tables = {name: folder.rows(name) for name in ("cells", "requests", "samples", "answers", "onoff")}
+    tables = {name: folder.rows(name) for name in ("cells", "requests", "samples", "answers", "onoff", "loads")}
     study = Study(
         plan.name,
         plan,
@@ -132,13 +157,15 @@ def load_study(folder: StudyFolder, plan: Plan, num_left: int = 0) -> Study:
         answers=tables["answers"],
         onoff=tables["onoff"],
         num_left=num_left,
+        loads=tables["loads"],
     )
     summarize(study)
     return study
 
 
 def summarize(study: Study) -> None:
-    """Fill in `figures` and `qualities` from the rows."""
+    """Fill in `figures`, `qualities` and `loading` from the rows."""
+    study.loading = loading_figures(study.loads)
     study.qualities = quality_figures(study.answers, study.cells)
     requests = _by_cell(study.requests)
     groups: dict[tuple[Condition, Who], list[Row]] = defaultdict(list)
@@ -154,9 +181,11 @@ def summarize(study: Study) -> None:
 
 def _place(plan: Plan, condition: Condition, who: Who) -> tuple[object, ...]:
     """Sorts as the plan does: blocks and models in its order, then from small to large."""
-    blocks = {block.name: (i, block.models, block.memory) for i, block in enumerate(plan.block)}
-    index, models, memory = blocks[condition.block]
-    load = (condition.context, memory.index(condition.memory), condition.concurrency, condition.rate)
+    index, block = next((i, block) for i, block in enumerate(plan.block) if block.name == condition.block)
+    models, memory = block.models, block.memory
+    places = [(p.tiers_text, p.links_text) for p in block.placements]
+    place = places.index((condition.tiers, condition.throttles)), *condition.kept
+    load = (condition.context, memory.index(condition.memory), *place, condition.concurrency, condition.rate)
     return index, models.index(condition.model), *load, who.order
 
 
@@ -171,6 +200,10 @@ def condition_of(row: Row) -> Condition:
         concurrency=math.inf if concurrency is None else concurrency,
         rate=math.inf if rate is None else rate,
         trace_times=rate is None,
+        tiers=row["tiers"] or "",
+        throttles=row["throttles"] or "",
+        ttl_s=math.inf if row["ttl_s"] is None else row["ttl_s"],
+        idle_ttl_s=math.inf if row["idle_ttl_s"] is None else row["idle_ttl_s"],
     )
 
 
@@ -233,7 +266,18 @@ def _figures(condition: Condition, who: Who, cells: list[Row], requests: list[li
         hit_ratio=_sum(cells, "prefix_hits") / queried if queried else None,
         preemptions=_sum(cells, "num_preemptions"),
         links={name: text for cell in cells for name, text in (cell["links"] or {}).items()},
+        tier_shares=_per_tier(cells, "tier_token_share", fmean),
+        tier_hit_ratio=_per_tier(cells, "tier_hit_ratio", fmean),
+        tier_faults={tier: round(count) for tier, count in _per_tier(cells, "tier_faults", sum).items()},
+        loads={name: round(count) for name, count in _per_tier(cells, "loads", sum).items()},
+        regret=_mean(cells, "mean_regret_s"),
+        tokens_loaded=_sum(cells, "tokens_loaded"),
     )
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    known = [row[name] for row in rows if row[name] is not None]
+    return fmean(known) if known else None
 
 
 def _with_bounds(rows: Sequence[Row], duration: float) -> list[Row]:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvwise.study import words
+from kvwise.study.loading_page import loading_tables, loading_values
 from kvwise.study.palette import Palette, short
 from kvwise.study.quality_words import findings
 from kvwise.study.recommend import Rejection, Verdict
@@ -29,6 +30,8 @@ def print_study(console: Console, study: Study, verdict: Verdict) -> None:
     for heading, sentences in findings(study.qualities):
         lines = (Text(f"  {sentence}") for sentence in sentences)
         console.print(Group(Text(f"\n{heading}", style="bold"), *lines))
+    if study.loading:
+        console.print(loading_tables(study))
     console.print(_verdict(study, verdict, colours))
 
 
@@ -158,6 +161,7 @@ def as_values(study: Study, verdict: Verdict) -> dict[str, Any]:
         "quality": [_plain(asdict(q)) for q in study.qualities],
         "findings": dict(findings(study.qualities)),
         "failed": [{"cell": r["cell"], "strategy": r["strategy"], "reason": r["reason"]} for r in study.failed],
+        **loading_values(study, study.plan),
         "cells_left": study.num_left,
     }
 

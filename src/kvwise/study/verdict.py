@@ -176,6 +176,7 @@ _AXES: dict[str, tuple[Callable[[Condition], Condition], Callable[[Decision], fl
     "concurrency": (lambda c: replace(c, concurrency=0.0), lambda d: d.condition.concurrency),
     "context": (lambda c: replace(c, context=0), lambda d: d.condition.context),
     "memory": (lambda c: replace(c, memory=""), _pool),
+    "ttl": (lambda c: replace(c, ttl_s=0.0), lambda d: d.condition.ttl_s),
 }
 
 

@@ -46,6 +46,8 @@ def verdict_section(study: Study, verdict: Verdict, paint: dict[str, str]) -> st
 def _nothing(study: Study) -> str:
     if study.qualities:
         return "Only quality was measured: without traffic nobody is fastest, so there is no winner."
+    if study.loading:
+        return "Only loading was measured: without traffic nobody is fastest, so there is no winner."
     return "No cell was measured, so there is nothing to compare."
 
 

@@ -18,6 +18,7 @@ AXIS_WORDS = {
     "concurrency": "concurrency",
     "context": "context length",
     "memory": "KV memory",
+    "ttl": "the time to live",
 }
 ARTICLE = "the article's number: 9.28 s → 3.19 s (2.91×), not reproduced: its setting is unknown"
 
@@ -129,7 +130,7 @@ def condition(given: Condition) -> str:
     """A condition in one phrase, without its model."""
     context = f", context {given.context}" if given.context else ""
     memory = "" if given.memory == "auto" else f", KV memory {given.memory}"
-    return f"{given.load_text()}{context}{memory}"
+    return f"{given.load_text()}{context}{memory}{given.placed}"
 
 
 def outcome(decision: Decision) -> str:
@@ -172,6 +173,8 @@ def crossover(found: Crossover) -> str:
 def _place(axis: str, given: Condition) -> str:
     if axis == "memory":
         return given.memory
+    if axis == "ttl":
+        return "no TTL" if math.isinf(given.ttl_s) else f"a TTL of {given.ttl_s:g} s"
     return f"{given.context} tokens" if axis == "context" else given.load_text()
 
 

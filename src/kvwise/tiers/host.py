@@ -5,6 +5,7 @@ from itertools import accumulate, pairwise
 from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kvwise.core.errors import CapacityError, InvariantError
@@ -14,6 +15,8 @@ from kvwise.tiers.memory import allocate
 from kvwise.tiers.record import ALIGNMENT
 from kvwise.tiers.scratch import Scratch
 from kvwise.tiers.space import Run, Space, rounded
+
+_LONG = 16 << 10  # bytes worth a copy without the interpreter's lock, which numpy makes
 
 
 class _Place(NamedTuple):
@@ -91,7 +94,7 @@ class HostStore:
         if wipe:
             for place in gone:
                 for start, stop in place.runs:
-                    memory[start:stop] = bytes(stop - start)
+                    np.copyto(np.frombuffer(memory[start:stop], np.uint8), 0)
         self._give_back(gone)
         return [None] * len(keys)
 
@@ -153,17 +156,15 @@ class HostStore:
     ) -> list[Fault | None]:
         if off := self._off():
             return [off] * len(records)
-        faults: list[Fault | None] = []
+        freed: list[Run] = []
         for (key, _), place in zip(records, places, strict=True):
-            if isinstance(place, Fault):
-                faults.append(place)
-                continue
-            if old := self._remove(key):
-                self._space.give_back(old.runs)
-            self._places[key] = place
-            self._num_bytes += rounded(place.num_bytes)
-            faults.append(None)
-        return faults
+            if isinstance(place, _Place):
+                if old := self._remove(key):
+                    freed += old.runs
+                self._places[key] = place
+                self._num_bytes += rounded(place.num_bytes)
+        self._space.give_back(freed)
+        return [place if isinstance(place, Fault) else None for place in places]
 
     def _remove(self, key: bytes) -> _Place | None:
         place = self._places.pop(key, None)
@@ -179,8 +180,7 @@ class HostStore:
     def _give_back(self, places: Sequence[_Place]) -> None:
         with self._mutex:
             if not self._closed:
-                for place in places:
-                    self._space.give_back(place.runs)
+                self._space.give_back([run for place in places for run in place.runs])
 
     def _fill(
         self,
@@ -233,5 +233,8 @@ def _pour(pieces: Iterable[Buffer], rooms: Iterator[memoryview]) -> None:
         while len(data):
             room = room if len(room) else next(rooms)
             count = min(len(data), len(room))
-            room[:count] = data[:count]
+            if count < _LONG:
+                room[:count] = data[:count]
+            else:
+                np.copyto(np.frombuffer(room[:count], np.uint8), np.frombuffer(data[:count], np.uint8))
             room, data = room[count:], data[count:]

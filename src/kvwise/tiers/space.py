@@ -47,8 +47,13 @@ class Space:
 
     def give_back(self, runs: Iterable[Run]) -> None:
         """Runs as `take` gave them."""
-        for start, stop in runs:
+        joined: list[Run] = []
+        for start, stop in sorted(runs):
             self.num_free += stop - start
+            if joined and joined[-1][1] == start:
+                start = joined.pop()[0]
+            joined.append((start, stop))
+        for start, stop in joined:
             if (before := self._by_stop.pop(start, None)) is not None:
                 self._remove(before, start)
                 start = before

@@ -14,6 +14,7 @@ from kvwise.core.tiering import TierSpec
 from kvwise.engine.hierarchy.device import DeviceBlocks
 from kvwise.engine.hierarchy.hierarchy import Hierarchy
 from kvwise.engine.hierarchy.names import tag_text
+from kvwise.engine.hierarchy.pins import PinFile
 from kvwise.engine.hierarchy.tier import Tier
 from kvwise.tiers.arena import Arena
 from kvwise.tiers.base import ByteStore
@@ -22,6 +23,7 @@ from kvwise.tiers.codec.base import Codec
 from kvwise.tiers.disk import DiskStore
 from kvwise.tiers.host import HostStore
 from kvwise.tiers.memory_store import MemoryStore
+from kvwise.tiers.object import ObjectStore
 from kvwise.tiers.pace import Pace
 from kvwise.tiers.record import header_bytes
 from kvwise.tiers.redis import RedisStore
@@ -53,6 +55,7 @@ def make_tier(
         read_pace=Pace(up, links.get(up), clock),
         write_pace=Pace(down, links.get(down), clock),
         clock=clock,
+        pin_file=PinFile(spec.where) if spec.kind == "disk" else None,
     )
 
 
@@ -75,8 +78,6 @@ def _store(spec: TierSpec, layout: KVLayout, clock: Clock) -> ByteStore:
     if spec.kind == "redis":
         return RedisStore(spec.where)
     if spec.kind == "object":
-        from kvwise.tiers.object import ObjectStore
-
         return ObjectStore(spec.where)
     return MemoryStore()
 

@@ -103,6 +103,7 @@ class Hierarchy:
             tier.below = below
         for tier in self.tiers:
             if tier.store.persistent:
+                tier.take_pins(self.deadlines.offset)  # before anything could have to leave
                 tier.adopt(self.deadlines.entry)
 
     # -- look-up ------------------------------------------------------------------------------------------------
@@ -294,6 +295,7 @@ class Hierarchy:
         for tier in self.tiers:
             tier.tidy()
             tier.refresh(self.deadlines.entry)
+            tier.take_pins(self.deadlines.offset)
 
     # -- forgetting ---------------------------------------------------------------------------------------------
 

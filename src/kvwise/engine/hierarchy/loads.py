@@ -120,9 +120,14 @@ class Loads:
             queued_s=self.driver.queued_s,
             num_layers=self._arena.layout.num_layers,
             ttft_target_s=sequence.ttft_target_s,
-            levels=[[s for s, t in zip(specs, block.tiers, strict=True) if t is not None] for block in stored],
+            levels=[specs] * len(stored),
             level_bytes=[
-                [n for n, t in zip(block.num_bytes, block.tiers, strict=True) if t is not None] for block in stored
+                # A level that has left is replaced by the best there is, as the load will do.
+                [
+                    n if t is not None else block.num_bytes[block.best]
+                    for n, t in zip(block.num_bytes, block.tiers, strict=True)
+                ]
+                for block in stored
             ],
         )
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from kvwise.cache.misses import Miss, MissReason, RemovalReason
 from kvwise.cache.residency import Entry, TierIndex
 from kvwise.core.clock import Clock
+from kvwise.engine.hierarchy.pins import PinFile
 from kvwise.tiers.base import Buffer, ByteStore, Extent, Fault, FaultKind
 from kvwise.tiers.breaker import Breaker, BreakerState
 from kvwise.tiers.pace import Pace
@@ -61,8 +62,9 @@ class Tier:
     """
 
     def __init__(
-        self, index: TierIndex, store: ByteStore, breaker: Breaker, *, read_pace: Pace, write_pace: Pace, clock: Clock
-    ) -> None:
+        self, index: TierIndex, store: ByteStore, breaker: Breaker, *, read_pace: Pace, write_pace: Pace, clock: Clock,
+        pin_file: PinFile | None = None,
+    ) -> None:  # fmt: skip
         self.name = index.name
         self.index = index
         self.store = store
@@ -78,6 +80,8 @@ class Tier:
         self._clock = clock
         self._lock = RLock()
         self._overdue: list[bytes] = []  # expired, their bytes still to be deleted
+        self._pin_file = pin_file
+        self._kept_pins: dict[bytes, float] = {}  # of that file: until when, in seconds on the clock
 
     # -- look-up ------------------------------------------------------------------------------------------------
 
@@ -139,6 +143,23 @@ class Tier:
         """End the pins of `keys`; the number ended."""
         with self._lock:
             return self.index.unpin(keys)
+
+    def take_pins(self, offset: float) -> None:
+        """Carry out what the command line has pinned and unpinned since the last look; `offset`: wall less clock."""
+        found = None if self._pin_file is None else self._pin_file.news()
+        if found is None:
+            return
+        pins = {key: until - offset for key, until in found.items()}
+        with self._lock:
+            self.index.unpin([key for key, until in self._kept_pins.items() if pins.get(key) != until])
+            self._kept_pins = pins
+            self._pin_kept(list(pins))
+
+    def _pin_kept(self, keys: Sequence[bytes]) -> None:
+        now = self._clock.now()
+        for key in keys:
+            if self._kept_pins.get(key, now) > now:
+                self.index.pin([key], self._kept_pins[key])
 
     # -- bytes --------------------------------------------------------------------------------------------------
 
@@ -269,8 +290,9 @@ class Tier:
         with self._lock:
             reserved = self.index.reserve([entry])
             self.index.commit([entry.key])
+            self._pin_kept([entry.key])
         self._forget_bytes([e.key for e in (*reserved.victims, *reserved.expired)])
-        if not reserved.granted[0] and not self.has(entry.key):
+        if not reserved.granted[0] and not self.has(entry.key) and entry.key not in self._kept_pins:
             self.store.delete([entry.key])  # it does not fit
         return reserved.granted[0]
 

@@ -43,7 +43,7 @@ class Layerwise(Loading):
         """Once every layer that is still to come should be there when a step that starts now needs it."""
         if not progress.loading or self.next_chunk(outlook, progress) is None:
             return True
-        if not progress.last_bytes:
+        if not progress.layers:
             return False
         start = _end(outlook, progress) * outlook.block_size
         step_s = outlook.seconds_to_compute(start, min(start + outlook.step_tokens, outlook.num_tokens))
@@ -51,10 +51,10 @@ class Layerwise(Loading):
             return False
         each_s = step_s / outlook.num_layers
         layer_s = max(progress.last_s, progress.waited_s)
-        # Layer j is needed after j * each_s and comes after (j - layers + 1) * layer_s: both are straight lines in j,
-        # so that it is enough to compare the first and the last layer that are still to come.
+        # Layer j is needed after j * each_s and comes after (j - layers + 1) * layer_s: straight lines in j, so that no
+        # layer waits if neither the first nor the last of those still to come does; and if not the last, nor the first.
         left = outlook.num_layers - progress.layers
-        return layer_s <= progress.layers * each_s and left * layer_s <= (outlook.num_layers - 1) * each_s
+        return left * layer_s <= (outlook.num_layers - 1) * each_s
 
 
 def _end(outlook: Outlook, progress: Progress) -> int:
