@@ -4,11 +4,11 @@
     python bench/tiers.py host --repeats 50
     python bench/tiers.py host --threads 2
 
-Host: raw blocks of 0.2 to 4 MiB, in batches of 16 scattered over an arena, go down into a `HostStore` (copied, digested,
-sealed, booked; each replaces an older record) and come back (looked up, verified, copied into the arena). The plain side
-is one memcpy each for a block's keys and values, by native code, in the same order over as many bytes. Sides take turns
-batch by batch and never touch bytes that a cache may still hold; "one by one" is the same block by block, "two passes"
-copies with memmove and checks with xxhash. Headers are made outside of the time, as they are where blocks are booked.
+Host: raw blocks of 0.2 to 4 MiB, in batches of 16 scattered over an arena, go down into a `HostStore` (copied,
+digested, sealed, booked; each replaces an older record) and come back (looked up, verified, copied into the arena). The
+plain side is one memcpy each for a block's keys and values, by native code, in the same order over as many bytes. Sides
+take turns batch by batch and never touch bytes that a cache may still hold; "one by one" is the same block by block,
+"two passes" copies with memmove and checks with xxhash. Headers are made outside of the time.
 
 Gates: host at least 0.9 of memcpy in both directions; those of the other parts stand in their files. Ratios are medians
 over the repeats with half the distance between quartiles. Rows also go to bench/results/tiers.json.

@@ -168,20 +168,6 @@ class Cursor {
     int64_t done_ = 0;
 };
 
-// The next n <= 64 bytes to `buffer` and from there to their target, taken into the lanes if they are a whole stripe.
-// A plain store amid streamed ones would hold all of them up until its cache line has come.
-void pass_stripe(const InstructionSet& set, Cursor& cursor, int64_t n, char* buffer, uint64_t* lanes, int64_t index,
-                 bool streaming) {
-    if (n < kStripe || cursor.left() < kStripe) {
-        cursor.take(n, buffer);
-        if (n == kStripe) set.copy_stripes(lanes, buffer, nullptr, 1, index, false);
-        return;
-    }
-    std::memcpy(buffer, cursor.source(), kStripe);
-    set.copy_stripes(lanes, buffer, cursor.target(), 1, index, streaming);
-    cursor.skip(kStripe);
-}
-
 Pair hash_long(const InstructionSet& set, Cursor cursor, int64_t total, bool streaming) {
     uint64_t lanes[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3, kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
     // The last stripe is the last 64 bytes and may overlap the one before, so both pass through one buffer.
@@ -194,12 +180,12 @@ Pair hash_long(const InstructionSet& set, Cursor cursor, int64_t total, bool str
             cursor.skip(run * kStripe);
             done += run;
         } else {
-            pass_stripe(set, cursor, kStripe, end, lanes, done++, streaming);
+            cursor.take(kStripe, end);
+            set.copy_stripes(lanes, end, nullptr, 1, done++, false);
         }
     }
     const int64_t rest = total - num_stripes * kStripe;
-    uint64_t unused[8] = {};
-    pass_stripe(set, cursor, rest, end + kStripe, unused, 0, streaming);
+    cursor.take(rest, end + kStripe);
     set.last_stripe(lanes, end + rest);
     const uint64_t n = uint64_t(total);
     return {merge(lanes, 11, n * kPrime64_1), merge(lanes, kSecretBytes - kStripe - 11, ~(n * kPrime64_2))};

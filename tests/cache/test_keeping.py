@@ -341,6 +341,16 @@ def test_pinned_and_held_blocks_of_a_tenant_are_not_pushed_out(make_cache):
     assert [cache.found(text, salt="t") for text in (first, second)] == [4, 4]
 
 
+def test_a_duplicate_does_not_come_back_for_the_idle_block_that_left_for_it(make_cache):
+    cache = make_cache(num_blocks=12, quotas={"t": 3})
+    row, twin = (cache.start(list(range(17)), "t", Terms(tenant="t")) for _ in range(2))
+    cache.compute(row, 17)
+    cache.release(row)
+    cache.compute(twin, 17)
+    cache.check()
+    assert cache.tenant_blocks("t") == 3
+
+
 def test_a_pinned_block_of_a_limited_tenant_may_still_be_cleared(make_cache):
     cache = make_cache(quotas={"t": 2})
     first = start_of(cache, 100, 2, "t")

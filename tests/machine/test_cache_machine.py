@@ -376,9 +376,10 @@ class CacheMachine(RuleBasedStateMachine):
         for i in self.cache.keyless(ids, lengths).tolist():
             known = self.cache.num_keyed(rows[i])
             self.cache.extend_keys(rows[i], np.array(self.live[rows[i]].tokens[known : totals[i]]))
+        before = set(self.stored)
         self.cache.commit(ids, lengths)
         self.listen(filled)
-        refused = filled.keys() - self.stored.keys()
+        refused = filled.keys() - self.stored.keys() - before
         if refused:
             assert {filled[key].tenant for key in refused} <= QUOTAS.keys()
             own, taken = self.stored_by("a"), self.taken()

@@ -368,8 +368,14 @@ def test_wrong_use_is_an_error_and_no_fault() -> None:
     for number in (-1, 3):
         with pytest.raises(ValueError, match="of an arena of 3"):
             seal_blocks(RAW, 0, [header_of(1)], keys, values, [number])
+    record = sealed(RAW, keys, values, 1)
+    for out in ((keys, values[:, :1]), (keys[:, :1], values)):
+        with pytest.raises(ValueError, match="last dimension"):
+            restore(record, 1, RAW, *out)
+        with pytest.raises(ValueError, match="last dimension"):
+            restore_blocks([memoryview(record)], [key_of(1)], IDENTITY, RAW, 0, *out, [1])
     with pytest.raises(ValueError, match="one run of CPU memory"):
-        seal_block(RAW, 0, header_of(1), keys[1].transpose(1, 2), values[1])
+        seal_block(RAW, 0, header_of(1), keys[1].transpose(1, 2), values[1].transpose(1, 2))
 
 
 # layers -----------------------------------------------------------------------------------------------------

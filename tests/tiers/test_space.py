@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvwise.core.errors import InvariantError
-from kvwise.tiers.space import Run, Space, rounded
+from kvwise.tiers.record import padded
+from kvwise.tiers.space import Run, Space
 
 
 def size_of(runs: list[Run]) -> int:
@@ -21,9 +22,9 @@ def test_random_takes_and_returns(steps: list[tuple[bool, int, int]]) -> None:
         if take:
             free = space.num_free
             runs = space.take(num_bytes)
-            assert (runs is None) == (rounded(num_bytes) > free)  # what fits by its size fits
+            assert (runs is None) == (padded(num_bytes) > free)  # what fits by its size fits
             if runs is not None:
-                assert size_of(runs) == rounded(num_bytes)
+                assert size_of(runs) == padded(num_bytes)
                 taken.append(runs)
         elif taken:
             space.give_back(taken.pop(which % len(taken)))

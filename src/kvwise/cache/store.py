@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -186,19 +187,19 @@ class BlockStore:
         return len(blocks)
 
     def _make_quota(self, new: Publication) -> list[int]:
-        """Which of `new` their tenants' quotas admit, first to last; own idle blocks leave for them."""
+        """Which of `new` their tenants' quotas admit, first to last; own idle blocks leave for them.
+
+        A key that is taken now is left out, so that it does not come back uncounted if its block is one that leaves.
+        """
         room = {tenant: self.quotas.room(tenant) for tenant in self.quotas.limits}
         wanted: dict[bytes, str] = {}
         places = []
         for i, (key, block, terms) in enumerate(zip(new.keys, new.blocks.tolist(), new.terms, strict=True)):
-            tenant = terms.tenant
             taken = key in wanted or self.index.find(key) is not None or self.index.key(block) is not None
-            if tenant in room and not taken:
-                if room[tenant] < 1:
-                    continue
-                room[tenant] -= 1
-                wanted[key] = tenant
-            places.append(i)
+            if not taken and room.setdefault(terms.tenant, inf) >= 1:
+                room[terms.tenant] -= 1
+                wanted[key] = terms.tenant
+                places.append(i)
         for tenant, count in Counter(wanted.values()).items():
             victims = np.array(self.quotas.victims(tenant, count), np.int64)
             self.num_evicted += len(victims)

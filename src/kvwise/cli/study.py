@@ -252,7 +252,7 @@ def _run(plan: "Plan", output: Path, *, as_json: bool, overwrite_own: bool, retr
     from kvwise.study.plan import plan_hash
     from kvwise.study.progress import make_watcher
     from kvwise.study.provenance import provenance
-    from kvwise.study.record import StudyFolder, set_aside
+    from kvwise.study.record import SCRATCH, StudyFolder, set_aside
     from kvwise.study.run import run_study
     from kvwise.study.workbench import Workbench, num_threads
 
@@ -262,7 +262,7 @@ def _run(plan: "Plan", output: Path, *, as_json: bool, overwrite_own: bool, retr
         if moved is not None:
             typer.echo(f"{output} held a study of another plan; it is now {moved}", err=True)
     StudyFolder(output).refuse_other(plan)
-    bench = Workbench(plan, output / "scratch")
+    bench = Workbench(plan, output / SCRATCH)
     facts = provenance(seed=plan.seed, threads=num_threads(), plan_hash=plan_hash(plan))
     watcher, bar = make_watcher(sys.stderr)
     try:

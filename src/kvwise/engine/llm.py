@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvwise.core.config import EngineConfig
@@ -11,6 +12,8 @@ from kvwise.core.params import SamplingParams
 from kvwise.core.strategy import Strategy
 from kvwise.core.tiering import parse_tier
 from kvwise.engine.engine import Engine
+from kvwise.engine.lifecycle import Owner
+from kvwise.engine.prompt_cache import LoadedPrompt, SavedPrompt, load_prompt_cache, save_prompt_cache
 from kvwise.methods.catalogue import parse
 from kvwise.models.load import load_model
 from kvwise.models.loaded import LoadedModel
@@ -48,28 +51,49 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        salt: str = "",
+        session: str = "",
     ) -> list[RequestOutput]:
-        """Answer all prompts (text or token ids), batched; outputs in the order of prompts, then of samples."""
+        """Answer all prompts (text or token ids), batched; outputs in the order of prompts, then of samples.
+
+        `salt` names the tenant whose prompts may share KV, `session` who stores it (see `Engine.add_request`).
+        """
         many = _as_list(prompts)
         each = _each(params, len(many))
         ids: list[str] = []
         try:
             for prompt, one in zip(many, each, strict=True):
-                ids.append(self.engine.add_request(self._tokens(prompt), one))
+                ids.append(self.engine.add_request(self._tokens(prompt), one, salt=salt, session=session))
             outputs = self._outputs(ids, sum(one.n for one in each))
             finished = {(o.request_id, o.index): o for o in outputs if o.finished}
         finally:
             self._abort(ids)
         return [finished[name, i] for name, one in zip(ids, each, strict=True) for i in range(one.n)]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str = "", session: str = ""
+    ) -> Iterator[RequestOutput]:
         """Answer one prompt token by token. Closing the iterator aborts the request; several may run side by side."""
         chosen = params or SamplingParams()
-        request_id = self.engine.add_request(self._tokens(prompt), chosen)
+        request_id = self.engine.add_request(self._tokens(prompt), chosen, salt=salt, session=session)
         try:
             yield from self._outputs([request_id], chosen.n)
         finally:
             self._abort([request_id])
+
+    def save_prompt_cache(self, prompt: Prompt, path: str | Path, *, salt: str = "") -> SavedPrompt:
+        """Write the KV of a prompt's full blocks to a file; it is computed first, as far as it is not resident."""
+        tokens = self._tokens(prompt)
+        owner = Owner(salt)
+        keys = self.engine.lifecycle.keys(tokens, owner)
+        if self.engine.lifecycle.residence(keys).num_resident < len(keys):
+            self.generate([tokens], SamplingParams(max_tokens=0), salt=salt)
+        return save_prompt_cache(self.engine, path, prompt=tokens, owner=owner)
+
+    def load_prompt_cache(self, path: str | Path, *, salt: str = "", session: str = "") -> LoadedPrompt:
+        """Bring the KV of a file back. UsageError, and nothing loaded, for one that is damaged or does not belong."""
+        return load_prompt_cache(self.engine, path, owner=Owner(salt, session))
 
     def _outputs(self, request_ids: list[str], num_ends: int) -> Iterator[RequestOutput]:
         """Outputs of these requests until `num_ends` samples have ended; what steps tell of others goes to theirs."""

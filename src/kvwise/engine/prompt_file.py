@@ -33,7 +33,7 @@ _KEY_BYTES = 32
 
 
 class Link(NamedTuple):
-    """One block of the file: its key, the key before it (of the first: the root of its chain), its index in the chain."""
+    """One block of the file: its key, the key before it (the root, for the first of a chain), its index in it."""
 
     key: bytes
     parent: bytes
@@ -121,10 +121,11 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {_why(error)}; name a prompt cache that can be read") from None
-    with open(fd, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise UsageError(f"{path}: no plain file; name a prompt cache that kvwise saved")
-        yield file  # type: ignore[misc]
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UsageError(f"{path}: no plain file; name a prompt cache that kvwise saved")
+    with open(fd, "rb") as file:
+        yield file
 
 
 @contextmanager

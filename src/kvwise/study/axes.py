@@ -1,12 +1,13 @@
 """Metrics against every axis that a block of the plan varies."""
 
-import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvwise.study.bootstrap import Interval
 from kvwise.study.chart import Chart
 from kvwise.study.palette import Palette, by_block, by_strategy, short, slug
+from kvwise.study.placement import brief
 from kvwise.study.plan import Plan
 from kvwise.study.summary import Condition, Figures, Study
 from kvwise.study.verdict import has_levels
@@ -37,6 +38,10 @@ class Axis:
     metrics: tuple[Metric, ...]
     endless: str = "unlimited"  # what stands for an infinite place
 
+    def word(self, place: float | str) -> str:
+        """A place as it is written."""
+        return place if isinstance(place, str) else self.endless if place == float("inf") else f"{place:g}"
+
     def varied(self, figures: Sequence[Figures]) -> bool:
         """Whether the figures stand at two places or more."""
         return len({self.place(f.condition) for f in figures}) > 1
@@ -45,11 +50,6 @@ class Axis:
 def scaled(interval: Interval | None, scale: float) -> Interval | None:
     """An interval in another unit."""
     return interval and Interval(interval.value * scale, interval.low * scale, interval.high * scale)
-
-
-def brief(tiers: str) -> str:
-    """Tiers as short as they can be told apart: `host 256MiB + disk 1GiB`."""
-    return re.sub(r"[a-z]+=", "", tiers).replace("(", " ").replace(")", "").replace(",", "")
 
 
 def _found(figures: Figures) -> Interval:
@@ -84,16 +84,29 @@ OTHER_AXES = (
 
 
 def axis_charts(study: Study, palette: Palette, axis: Axis) -> list[Chart]:
-    """The axis' metrics for every block and model that varies it."""
+    """The axis' metrics for every block and model that varies it, one chart for each place on their other axes."""
     return [
-        _chart(study.plan, palette, axis, metric, figures)
+        _chart(study.plan, palette, axis, metric, line, where)
         for metric in axis.metrics
         for figures in by_block(study).values()
-        if axis.varied(figures)
+        for where, line in _lines(figures, axis).items()
+        if axis.varied(line)
     ]
 
 
-def _chart(plan: Plan, palette: Palette, axis: Axis, metric: Metric, figures: Sequence[Figures]) -> Chart:
+def _lines(figures: Sequence[Figures], axis: Axis) -> dict[str, list[Figures]]:
+    """Figures that differ in nothing but `axis` and strategy, by the words for all else that the block varies."""
+    others = [other for other in (RATE, *OTHER_AXES) if other is not axis and other.varied(figures)]
+    out: dict[str, list[Figures]] = defaultdict(list)
+    for f in figures:
+        places = ((other, other.place(f.condition)) for other in others)
+        out["".join(f", {other.x_label}: {other.word(place)}" for other, place in places)].append(f)
+    return out
+
+
+def _chart(
+    plan: Plan, palette: Palette, axis: Axis, metric: Metric, figures: Sequence[Figures], elsewhere: str
+) -> Chart:
     if metric is GOODPUT and not has_levels(plan):
         metric = OUTPUT
     ticks = _ticks(figures, axis)
@@ -108,9 +121,9 @@ def _chart(plan: Plan, palette: Palette, axis: Axis, metric: Metric, figures: Se
     first = figures[0].condition
     where = "" if axis is RATE or axis.key == "concurrency" else f", {first.load_text()}"
     return Chart(
-        id=slug(metric.key, axis.key, first.block, first.model),
+        id=slug(metric.key, axis.key, first.block, first.model, elsewhere),
         section=axis.section,
-        title=f"{metric.title}, {short(first.model)}{where}",
+        title=f"{metric.title}, {short(first.model)}{elsewhere or where}",
         note=f"{_levels(plan)}; {BARS}" if metric is GOODPUT else BARS if bars else "",
         x_label=axis.x_label,
         y_label=metric.y_label,
@@ -132,7 +145,4 @@ def _ticks(figures: Sequence[Figures], axis: Axis) -> dict[float | str, tuple[fl
     ordered = list(pools)  # the plan's order, which is all there is among tiers and links
     if axis is MEMORY or not any(isinstance(place, str) for place in pools):
         ordered = sorted(pools, key=lambda place: pools[place] if isinstance(place, str) else place)
-    return {
-        place: (float(i), place if isinstance(place, str) else axis.endless if place == float("inf") else f"{place:g}")
-        for i, place in enumerate(ordered)
-    }
+    return {place: (float(i), axis.word(place)) for i, place in enumerate(ordered)}

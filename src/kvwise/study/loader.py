@@ -4,8 +4,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from kvwise.core.clock import Clock
 from kvwise.core.config import EngineConfig
+from kvwise.core.errors import CapacityError
 from kvwise.core.output import RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.core.strategy import Strategy
@@ -63,12 +66,24 @@ class Loader:
         self.chunk_tokens = int(getattr(strategy.loading, "chunk", 0))
 
     def store(self, prompt: Sequence[int]) -> None:
-        """Compute a prompt, undisturbed and as fast as it goes, and wait until it lies in the tier."""
+        """Compute a prompt, undisturbed and as fast as it goes, and wait until it lies in the tier.
+
+        CapacityError if it does not: whoever loads would then measure computing.
+        """
         self._meter.undisturbed = True
         try:
             self.run([prompt])
         finally:
             self._meter.undisturbed = False
+        if self._hierarchy is None:
+            return
+        keys = self._engine.memory.cache.keys(np.asarray(prompt, dtype=np.int64), "").chain
+        found = len(self._hierarchy.find(keys))
+        if found < len(keys):
+            raise CapacityError(
+                f"of {len(keys)} blocks of the prefix {found} lie in tier {self._hierarchy.tiers[0].name}: give it more "
+                f"room, or see why they were not stored"
+            )
 
     def throttle(self, bytes_per_second: float) -> None:
         """Set the speed of the link up from the tier."""

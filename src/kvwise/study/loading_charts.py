@@ -54,8 +54,8 @@ def _chart(key: str, x_label: str, figures: Sequence[LoadingFigures]) -> Iterato
         id=slug("loading", key, place.block, place.model, f"{place.share:g}"),
         section=LOADING,
         title=f"{short(place.model)}, {place.block}: {fixed}{share}{beside}",
-        note="time to the first token of a request whose prefix lies below, over a throttled link; dashed: the best that "
-        f"computing and loading can do together, from what each took alone in the same run; {BARS}",
+        note="time to the first token of a request whose prefix lies below, over a throttled link; dashed: the best "
+        f"that computing and loading can do together, from what each took alone in the same run; {BARS}",
         x_label=f"{x_label} (throttled)" if key == "bandwidth" else x_label,
         y_label="TTFT, median, ms",
         series=tuple(series),
@@ -95,7 +95,7 @@ def tier_charts(study: Study) -> Iterator[Chart]:
             for i, (tier, share) in enumerate(reversed(sorted_tiers(f.tier_shares)))
         ]
         yield Chart(
-            id=slug("tiers", condition.block, condition.model, condition.tiers, condition.throttles, *condition.kept),
+            id=slug("found", condition.block, condition.model, condition.placed),
             section=TIERS,
             title=f"{short(condition.model)} at {condition.load_text()}{condition.placed}",
             note="share of the prompt tokens looked up that was found in each tier; what the device has is not sought",

@@ -1,5 +1,6 @@
 """Where KV lies below the device in a cell: tiers, throttled links, and how long it is kept."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,9 +46,14 @@ NOWHERE = Placement()
 
 def placement_words(tiers: str, links: str, ttl_s: float | None, idle_ttl_s: float | None) -> list[str]:
     """The parts of a placement that are not as usual, in words."""
-    parts = [tiers, f"{links} (throttled)" if links else ""]
+    parts = [brief(tiers), f"{links} (throttled)" if links else ""]
     parts += [f"TTL {ttl_s:g} s" if ttl_s is not None else "", f"idle TTL {idle_ttl_s:g} s" if idle_ttl_s else ""]
     return [part for part in parts if part]
+
+
+def brief(tiers: str) -> str:
+    """Tiers as short as they can be told apart: `host 256MiB + disk 1GiB`."""
+    return re.sub(r"[a-z]+=", "", tiers).replace("(", " ").replace(")", "").replace(",", "")
 
 
 def link_table(links: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, float]:

@@ -24,6 +24,7 @@ FORMAT = 3  # 3: columns of tiers and loading; they are empty in rows of format 
 READABLE = (2, FORMAT)
 MARKER = "study.json"
 PLAN = "plan.toml"
+SCRATCH = "scratch"  # of disk tiers, while cells run
 MAX_DEATHS = 2  # a cell during which the process died so often is recorded as failed instead of tried again
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from kvwise.study.face import Bench, ModelFacts
 from kvwise.study.loading import loading_seconds, require_length
 from kvwise.study.measure import CellRunner
 from kvwise.study.plan import Plan, TraceFile
-from kvwise.study.record import MAX_DEATHS, Progress, StudyFolder
+from kvwise.study.record import MAX_DEATHS, SCRATCH, Progress, StudyFolder
 from kvwise.study.rows import CellResult, failed
 from kvwise.study.workloads import num_requests
 
@@ -98,10 +99,12 @@ def run_study(
             progress = folder.progress(cells)
         # Models and libraries stay for good: looking through them again would stall a cell for tenths of a second.
         gc.freeze()
+        shutil.rmtree(path / SCRATCH, ignore_errors=True)  # of a run that was killed
         try:
             _run_all(plan, folder, list(progress.left), len(cells), CellRunner(plan, bench), watcher, provenance)
         finally:
             gc.unfreeze()
+            shutil.rmtree(path / SCRATCH, ignore_errors=True)
         return folder.progress(cells)
 
 

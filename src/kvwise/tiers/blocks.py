@@ -5,7 +5,6 @@ lies in: what is checked is a private copy, or what has arrived in the arena. So
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -102,10 +101,10 @@ def seal_blocks(
 
 def write_raw(records: Sequence[RawRecord], targets: Sequence[memoryview], num_threads: int = 1) -> None:
     """Write each record into its target of `num_bytes` bytes, copied and digested in one pass over `num_threads`."""
-    for shape, run in groupby(zip(records, targets, strict=True), lambda pair: pair[0].shape):
-        pairs = list(run)
-        keys, values = zip(*(record.addresses for record, _ in pairs), strict=True)
-        headers, places = [record.header for record, _ in pairs], [target for _, target in pairs]
+    for shape in dict.fromkeys([record.shape for record in records]):
+        chosen = [index for index, record in enumerate(records) if record.shape == shape]
+        keys, values = zip(*[records[index].addresses for index in chosen], strict=True)
+        headers, places = [records[index].header for index in chosen], [targets[index] for index in chosen]
         copier(None, num_threads).seal(shape, headers, list(keys), list(values), places)
 
 
@@ -122,8 +121,9 @@ def restore_block(
     if fault := refuse(header, key, identity, codec.levels[level]):
         return fault
     if isinstance(codec, Raw):
-        data, out = memoryview(view).cast("B"), (keys_out[None], values_out[None])
-        if _open([data], Wanted([key], identity, header.codec), *out, [0])[0]:
+        data, wanted = memoryview(view).cast("B"), Wanted([key], identity, header.codec)
+        places = [keys_out.data_ptr()], [values_out.data_ptr()]
+        if copier().open(_shape(keys_out, values_out), wanted, [data], *places)[0]:
             return header
     segments = cut(view, header)
     if isinstance(segments, Fault):
@@ -219,18 +219,22 @@ def _copy(data: memoryview, digest: bytes, layer: int, places: Sequence[tuple[in
 
 
 def _shape(keys: Tensor, values: Tensor) -> Shape:
-    """Of the blocks of an arena [N, L, H, block_size, D]."""
+    """Of the blocks of an arena [N, L, H, block_size, D], or of one [L, H, block_size, D]."""
+    if keys.shape[:-1] != values.shape[:-1]:
+        raise ValueError(
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)} differ before their last dimension"
+        )
     return Shape(
-        keys.shape[1],
+        keys.shape[-4],
         *(_layer_bytes(tensor) for tensor in (keys, values)),
-        *(tensor.stride(1) * tensor.itemsize for tensor in (keys, values)),
+        *(tensor.stride(-4) * tensor.itemsize for tensor in (keys, values)),
     )
 
 
 def _layer_bytes(tensor: Tensor) -> int:
-    _, _, num_heads, block_size, dim = tensor.shape
-    if tensor.stride()[2:] != (block_size * dim, dim, 1) or not tensor.is_cpu:
-        _place(tensor[0, 0])
+    num_heads, block_size, dim = tensor.shape[-3:]
+    if tensor.stride()[-3:] != (block_size * dim, dim, 1) or not tensor.is_cpu:
+        _place(tensor[0, 0] if tensor.ndim == 5 else tensor[0])
     return num_heads * block_size * dim * tensor.itemsize
 
 

@@ -14,7 +14,7 @@ from xxhash import xxh3_128
 
 from kvwise.core.errors import UsageError
 from kvwise.tiers.base import Fault
-from kvwise.tiers.record import Header, open_record, pack_codec, pack_fixed, record_bytes, seal
+from kvwise.tiers.record import Header, header_bytes, open_record, pack_codec, pack_fixed, padded, seal
 
 # A call that moves more than this stores past the caches: lines need not be read before they are overwritten, and
 # blocks on their way between tiers push nothing out of the caches.
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
     @property
     def record_bytes(self) -> int:
         """Bytes of the record of such a block."""
-        return record_bytes([self.key_bytes + self.value_bytes] * self.num_layers)
+        return header_bytes(self.num_layers) + self.num_layers * padded(self.key_bytes + self.value_bytes)
 
 
 class Wanted(NamedTuple):

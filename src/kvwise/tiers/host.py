@@ -12,9 +12,9 @@ from kvwise.core.errors import CapacityError, InvariantError
 from kvwise.tiers.base import Buffer, Extent, Fault, FaultKind
 from kvwise.tiers.blocks import RawRecord, write_raw
 from kvwise.tiers.memory import allocate
-from kvwise.tiers.record import ALIGNMENT
+from kvwise.tiers.record import ALIGNMENT, padded
 from kvwise.tiers.scratch import Scratch
-from kvwise.tiers.space import Run, Space, rounded
+from kvwise.tiers.space import Run, Space
 
 _LONG = 16 << 10  # bytes worth a copy without the interpreter's lock, which numpy makes
 
@@ -124,7 +124,7 @@ class HostStore:
             places = self._places.values()
             self._space.check(run for place in places for run in place.runs)
             for place in places:
-                if sum(stop - start for start, stop in place.runs) != rounded(place.num_bytes):
+                if sum(stop - start for start, stop in place.runs) != padded(place.num_bytes):
                     raise InvariantError(f"runs {place.runs} for a record of {place.num_bytes} bytes")
             if self._num_bytes != self._space.num_bytes - self._space.num_free:
                 raise InvariantError(f"{self._num_bytes} bytes are said to be used, {self._space.num_free} to be free")
@@ -133,10 +133,10 @@ class HostStore:
 
     def _take_together(self, sizes: list[int]) -> list[_Place | Fault] | None:
         """One run for all: what is stored together lies together, and leaves one hole if it leaves together."""
-        run = None if self._closed else self._space.take_run(sum(map(rounded, sizes)))
+        run = None if self._closed else self._space.take_run(sum(map(padded, sizes)))
         if run is None:
             return None
-        starts = accumulate(map(rounded, sizes), initial=run[0])
+        starts = accumulate(map(padded, sizes), initial=run[0])
         return [_Place([pair], size) for pair, size in zip(pairwise(starts), sizes, strict=True)]
 
     def _take(self, key: bytes, num_bytes: int) -> _Place | Fault:
@@ -162,14 +162,14 @@ class HostStore:
                 if old := self._remove(key):
                     freed += old.runs
                 self._places[key] = place
-                self._num_bytes += rounded(place.num_bytes)
+                self._num_bytes += padded(place.num_bytes)
         self._space.give_back(freed)
         return [place if isinstance(place, Fault) else None for place in places]
 
     def _remove(self, key: bytes) -> _Place | None:
         place = self._places.pop(key, None)
         if place is not None:
-            self._num_bytes -= rounded(place.num_bytes)
+            self._num_bytes -= padded(place.num_bytes)
         return place
 
     def _off(self) -> Fault | None:

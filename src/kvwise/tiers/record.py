@@ -66,22 +66,22 @@ class Header:
     @property
     def record_bytes(self) -> int:
         """Bytes of the whole record."""
-        return self.header_bytes + sum(_padded(length) for length, _ in self.segments)
+        return record_bytes([length for length, _ in self.segments])
 
     def segment_range(self, index: int) -> tuple[int, int]:
         """Bytes [start, stop) of a segment in the record, without its padding."""
-        start = self.header_bytes + sum(_padded(length) for length, _ in self.segments[:index])
+        start = self.header_bytes + sum(padded(length) for length, _ in self.segments[:index])
         return start, start + self.segments[index][0]
 
 
 def header_bytes(num_segments: int) -> int:
     """Bytes of the header of a record with so many segments."""
-    return _padded(_FIXED.size + num_segments * _SEGMENT.size + _DIGEST_BYTES)
+    return padded(_FIXED.size + num_segments * _SEGMENT.size + _DIGEST_BYTES)
 
 
 def record_bytes(segment_lengths: Sequence[int]) -> int:
     """Bytes of a record whose segments have these lengths."""
-    return header_bytes(len(segment_lengths)) + sum(_padded(length) for length in segment_lengths)
+    return header_bytes(len(segment_lengths)) + sum([-(-length // ALIGNMENT) for length in segment_lengths]) * ALIGNMENT
 
 
 def seal(header: Header, segments: Sequence[Sequence[Buffer]]) -> list[Buffer]:
@@ -213,13 +213,14 @@ def cut(view: Buffer, header: Header) -> list[memoryview] | Fault:
     position = header.header_bytes
     for index, (length, _) in enumerate(header.segments):
         segments.append(data[position : position + length])
-        position += _padded(length)
+        position += padded(length)
         if any(data[position - -length % ALIGNMENT : position]):
             return Fault(FaultKind.CORRUPT, f"segment {index}: padding is not empty")
     return segments
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
+    """`length` rounded up to the alignment of segments."""
     return -(-length // ALIGNMENT) * ALIGNMENT
 
 

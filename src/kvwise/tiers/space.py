@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from kvwise.core.errors import InvariantError
-from kvwise.tiers.record import ALIGNMENT
+from kvwise.tiers.record import ALIGNMENT, padded
 
 Run = tuple[int, int]  # bytes [start, stop), both multiples of 64
 
@@ -29,13 +29,13 @@ class Space:
 
     def take_run(self, num_bytes: int) -> Run | None:
         """The shortest free run that has `num_bytes`, rounded up to 64, cut to that; None if none is long enough."""
-        length = rounded(num_bytes)
+        length = padded(num_bytes)
         index = bisect_left(self._by_size, (length, 0))
         return self._cut(index, length) if index < len(self._by_size) and length else None
 
     def take(self, num_bytes: int) -> list[Run] | None:
         """Runs of `num_bytes` together, rounded up to 64; None if less than that is free."""
-        left = rounded(num_bytes)
+        left = padded(num_bytes)
         if left > self.num_free:
             return None
         runs = []
@@ -99,8 +99,3 @@ class Space:
     def _remove(self, start: int, stop: int) -> None:
         del self._by_start[start]
         del self._by_size[bisect_left(self._by_size, (stop - start, start))]
-
-
-def rounded(num_bytes: int) -> int:
-    """Bytes that a record of `num_bytes` takes."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,5 +1,6 @@
 """Who runs the I/O side of loads: a thread for each, or a virtual clock."""
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -8,6 +9,9 @@ from kvwise.core.clock import Clock, VirtualClock
 from kvwise.engine.hierarchy.load import Load
 from kvwise.engine.hierarchy.rates import Rates
 from kvwise.methods.loading.base import Chunk
+from kvwise.tiers.base import Fault, FaultKind
+
+_log = logging.getLogger(__name__)
 
 
 class Driver(Protocol):
@@ -55,6 +59,9 @@ class ThreadDriver:
                 if num_bytes and len(sizes) == 1:
                     self._rates.link(next(iter(sizes))).observe(num_bytes, seconds)
                 load.note(chunk, num_bytes, seconds)
+        except Exception as error:  # a method or a store is somebody's code: only this load ends
+            _log.exception("a load ended by an error")
+            load.abandon(Fault(FaultKind.IO_ERROR, type(error).__name__))
         finally:
             with self._mutex:
                 self._waiting.pop(load, None)

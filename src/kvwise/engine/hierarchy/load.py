@@ -6,6 +6,7 @@ from itertools import groupby
 
 import numpy as np
 
+from kvwise.cache.misses import Miss, MissReason
 from kvwise.core.clock import Clock
 from kvwise.engine.hierarchy.hierarchy import Hierarchy, StoredBlock
 from kvwise.engine.hierarchy.tier import Tier
@@ -30,13 +31,14 @@ class Load:
 
     def __init__(
         self, method: Loading, outlook: Outlook, decision: Decision, stored: Sequence[StoredBlock], blocks: Blocks,
-        hierarchy: Hierarchy, clock: Clock,
+        hierarchy: Hierarchy, clock: Clock, until: Sequence[float] = (),
     ) -> None:  # fmt: skip
         self.method = method
         self.outlook = outlook
         self.decision = decision
         self.stored = stored
         self.blocks = blocks
+        self.until = until  # when each block expires, as it was at admission: its record may leave meanwhile
         self.started = clock.now()
         self.last_progress = self.started
         self.num_taken = 0  # blocks that stood in for computing
@@ -50,6 +52,7 @@ class Load:
         self._claimed = outlook.first
         self._arrived: Flags = np.zeros(outlook.stop - outlook.first, np.bool_)
         self._failed: Flags = self._arrived.copy()
+        self._faults: dict[int, Fault] = {}  # block -> why it did not come
         self._layers = 0
         self._stopped = False
         self._last: tuple[int, float, str | None] = (0, 0.0, None)  # bytes, seconds and tier of the latest chunk
@@ -107,12 +110,27 @@ class Load:
 
     def may_compute(self) -> bool:
         """Whether the step's leftover budget may go to this request."""
-        return self.method.may_compute(self.outlook, self.progress())
+        now = self.progress()
+        return not now.loading or self.method.may_compute(self.outlook, now)
 
     @property
     def is_given_up(self) -> bool:
         """Whether it ended before everything was there."""
-        return self._stopped and not self.all_layers()
+        return (self._stopped or self.is_over) and not self.all_layers()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether what has not arrived never will."""
+        return self._stopped
+
+    def miss(self) -> Miss | None:
+        """The first block that was asked for and did not come, and why."""
+        with self.news:
+            if not self._faults:
+                return None
+            block = min(self._faults)
+            wrong = self._faults[block].kind in (FaultKind.CORRUPT, FaultKind.FOREIGN)
+        return Miss(MissReason.CORRUPT if wrong else MissReason.TIER_FAULT, block)
 
     def has_arrived(self, block: int) -> bool:
         """Whether a block of the run came back."""
@@ -129,6 +147,8 @@ class Load:
         """A transfer takes too long: whatever has not come must be computed. The tiers that were being read."""
         with self.news:
             self._stopped = True
+            for at in np.flatnonzero(~(self._arrived | self._failed)).tolist():
+                self._faults[self.outlook.first + at] = why
             self._failed |= ~self._arrived
             if self.joined:
                 self.broken = why
@@ -150,11 +170,14 @@ class Load:
         failed = np.flatnonzero(self._failed)
         return self.outlook.first + int(failed[0]) if len(failed) else self.outlook.stop
 
-    def join(self) -> int:
-        """By layer: the request computes on top from now on. End of the run it may count on."""
+    def join(self) -> int | None:
+        """By layer: the request computes on top from now on. End of the run it may count on; None: nothing will come."""
         with self.news:
+            end = self.end_block
+            if self.is_given_up or end == self.outlook.first:
+                return None
             self.joined = True
-            return self.end_block
+            return end
 
     def all_layers(self) -> bool:
         """Whether every layer of the run is there."""
@@ -244,7 +267,7 @@ class Load:
     def _take(self, blocks: list[int], level: int, views: Sequence[memoryview | Fault], tier: Tier) -> None:
         """Put blocks in place, unless they were claimed meanwhile; one with a fault must be computed."""
         hierarchy, first = self._hierarchy, self.outlook.first
-        faults: list[tuple[bytes, Fault]] = []
+        faults: list[tuple[bytes, Fault, bool]] = []  # the last: whether the tier has told of it
         with self.news:
             left = [i for i, block in enumerate(blocks) if block >= self._claimed and not self._stopped]
             ids = [int(self.blocks[blocks[i] - first]) for i in left]
@@ -260,11 +283,12 @@ class Load:
                     tier.num_loaded += 1
                 else:
                     self._failed[blocks[i] - first] = True
-                    faults.append((name, fault))
+                    self._faults[blocks[i]] = fault
+                    faults.append((name, fault, isinstance(views[i], Fault)))
             self.news.notify_all()
-        for name, fault in faults:
+        for name, fault, told in faults:
             if fault.kind in _DROPPED:
-                tier.drop(name, fault)
+                tier.drop(name, fault, told=told)
 
     def _name(self, block: int, level: int) -> bytes:
         return self._hierarchy.record_key(self.stored[block - self.outlook.first].key, level)
@@ -282,12 +306,14 @@ class Load:
             total += 0 if isinstance(view, Fault) else len(view)
             fault = view if isinstance(view, Fault) else self._take_layer(at, layer, view)
             if fault is not None:
-                self._cut(at, fault)
+                self._cut(at, fault, told=isinstance(view, Fault))
                 return total  # the method asks for the layer again, of the run that is left
         with self.news:
             self._layers = layer + 1
             if self.all_layers() and not self._stopped:
                 self._arrived[:count] = True
+                for stored in self.stored[:count]:
+                    self._hierarchy.tiers[self._place(stored, 0)[1]].num_loaded += 1
             self.news.notify_all()
         return total
 
@@ -295,13 +321,16 @@ class Load:
         size = header_bytes(self.outlook.num_layers)
         headers: list[Header | Fault] = [Fault(FaultKind.MISSING)] * len(self.stored)
         names = [self._name(self.outlook.first + at, 0) for at in range(len(self.stored))]
+        told = set[int]()
         for at, view in self._read_each([Extent(name, 0, size) for name in names]):
             headers[at] = self._check_header(names[at], view)
+            if isinstance(view, Fault):
+                told.add(at)
         bad = next((at for at, header in enumerate(headers) if isinstance(header, Fault)), None)
         if bad is not None:
             fault = headers[bad]
             assert isinstance(fault, Fault)
-            self._cut(bad, fault)
+            self._cut(bad, fault, told=bad in told)
         self._headers = [header for header in headers[:bad] if isinstance(header, Header)]
         return size * len(self.stored)
 
@@ -333,15 +362,16 @@ class Load:
                 device.write([block], keys, values, layer)
             return fault
 
-    def _cut(self, at: int, fault: Fault) -> None:
+    def _cut(self, at: int, fault: Fault, *, told: bool) -> None:
         with self.news:
             self._failed[at] = True
+            self._faults[self.outlook.first + at] = fault
             if self.joined:
                 self.broken, self._stopped = fault, True
             self.news.notify_all()
         if fault.kind in _DROPPED:
             _, tier = self._place(self.stored[at], 0)
-            self._hierarchy.tiers[tier].drop(self._name(self.outlook.first + at, 0), fault)
+            self._hierarchy.tiers[tier].drop(self._name(self.outlook.first + at, 0), fault, told=told)
 
 
 def estimate_both(outlook: Outlook) -> tuple[float | None, float | None]:

@@ -1,5 +1,6 @@
 """Requests whose KV is coming back: the scheduler's view of loading."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from kvwise.methods.loading.estimate import regret
 from kvwise.tiers.arena import Arena
 from kvwise.tiers.base import Fault, FaultKind
 
+_log = logging.getLogger(__name__)
 _WAIT_S = 0.02  # a step that can do nothing but wait for bytes looks again after this long
 
 
@@ -68,7 +70,7 @@ class Loads:
         if not stored:
             return
         outlook, rates = self._outlook(sequence, first, stored), self.hierarchy.rates
-        decision = self.method.decide(outlook)
+        decision = self._decide(outlook)
         if decision is Decision.COMPUTE:
             sequence.metrics.miss = str(Miss(MissReason.DECLINED, first))
             for tier in set(outlook.tiers):
@@ -79,9 +81,17 @@ class Loads:
             return
         assert sequence.row is not None
         blocks = self._cache.hold(sequence.row, first, outlook.stop)
-        load = Load(self.method, outlook, decision, stored, blocks, self.hierarchy, self._clock)
+        until = [self.hierarchy.deadline(block) for block in stored]
+        load = Load(self.method, outlook, decision, stored, blocks, self.hierarchy, self._clock, until)
         self._loads[sequence] = load
         self.driver.start(load)
+
+    def _decide(self, outlook: Outlook) -> Decision:
+        try:
+            return self.method.decide(outlook)
+        except Exception:  # a method is somebody's code: what it cannot decide about is computed
+            _log.exception("%s cannot decide about a load", self.method.name)
+            return Decision.COMPUTE
 
     def _note_look_up(self, sequence: Seq, first: int, stored: Sequence[StoredBlock]) -> None:
         keys = sequence.keys.chain if sequence.keys is not None else []
@@ -139,7 +149,7 @@ class Loads:
         for sequence, load in list(self._loads.items()):
             self._skip(sequence, load)
             late = self._clock.now() - load.last_progress > self._deadline_s
-            if late and not load.is_over and sequence in self._loads:
+            if late and not load.is_over and not load.is_stopped and sequence in self._loads:
                 self._abandon(load)
         for load in [load for load in self._leaving if load.is_over]:
             self._leaving.remove(load)
@@ -168,10 +178,11 @@ class Loads:
         start = sequence.num_computed // self._size
         now = self._clock.now()
         first = load.outlook.first
-        until = [self.hierarchy.deadline(load.stored[block - first]) for block in range(start, end)]
+        until = load.until[start - first : end - first]
         if min(until) <= now:  # expired on the way: what is served must not be
             end = start + next(i for i, at in enumerate(until) if at <= now)
             load.stop()
+            sequence.metrics.miss = str(Miss(MissReason.EXPIRED, end))
             if end == start:
                 return
         self._cache.set_expiry(sequence.row, start, np.array(until[: end - start]))
@@ -212,7 +223,7 @@ class Loads:
             return num_tokens
         if load.method.by_layer:
             return self._limit_by_layer(sequence, load, num_tokens)
-        if not load.may_compute():
+        if not self._may_compute(load):
             return 0
         start, stop = sequence.num_computed // self._size, load.outlook.stop
         want = sequence.num_computed + num_tokens
@@ -223,12 +234,26 @@ class Loads:
         return min(want, end * self._size) - sequence.num_computed if end < stop else num_tokens
 
     def _limit_by_layer(self, sequence: Seq, load: Load, num_tokens: int) -> int:
-        if load.broken is not None or not load.may_compute():
+        if load.broken is not None or not self._may_compute(load):
             return 0
-        end = load.join()
-        if end * self._size > sequence.num_computed and not load.is_given_up:
+        end = None if self._has_expired(load) else load.join()
+        if end is None:
+            self._finish(sequence, load)  # no layer will come: no step may wait for one
+        elif end * self._size > sequence.num_computed:
             self._take(sequence, load, end)
         return min(num_tokens, sequence.num_pending)
+
+    def _has_expired(self, load: Load) -> bool:
+        """By layer: whether a block's time is over before the request counts on it, so that nothing is."""
+        return not load.joined and min(load.until) <= self._clock.now()
+
+    def _may_compute(self, load: Load) -> bool:
+        try:
+            return load.may_compute()
+        except Exception as error:
+            _log.exception("%s cannot say whether to compute", self.method.name)
+            load.abandon(Fault(FaultKind.IO_ERROR, type(error).__name__))
+            return False
 
     def note_step(self, items: Sequence[tuple[Seq, int]], seconds: float) -> None:
         """A step computed so many tokens of each sequence: what prefill costs, with all that runs beside it."""
@@ -261,6 +286,8 @@ class Loads:
         del self._loads[sequence]
         load.stop()
         sequence.metrics.load = self._report(load)
+        if miss := load.miss():
+            sequence.metrics.miss = str(miss)
         self._leave(load)
 
     def cancel(self, sequence: Seq) -> None:
@@ -268,7 +295,32 @@ class Loads:
         load = self._loads.pop(sequence, None)
         if load is not None:
             load.stop()
+            if load.broken is not None:
+                self._take_back(sequence, load)
             self._leave(load)
+
+    def _take_back(self, sequence: Seq, load: Load) -> None:
+        """What was loaded is worth nothing: the request starts over, and was served none of it."""
+        tokens, load.num_taken = load.num_taken * self._size, 0
+        sequence.attestation.tokens_loaded -= tokens
+        sequence.attestation.did[self.method.name] -= tokens
+        sequence.metrics.num_cached_tokens -= tokens
+        sequence.metrics.load = self._report(load)
+        if miss := load.miss():
+            sequence.metrics.miss = str(miss)
+
+    @property
+    def num_leaving(self) -> int:
+        """Loads whose requests have gone, and whose transfers still hold blocks."""
+        return len(self._leaving)
+
+    def wait_for_blocks(self) -> None:
+        """Nothing can go on before blocks that a transfer holds come back: wait a moment for one."""
+        if self._leaving:
+            with self._leaving[0].news:
+                self._leaving[0].news.wait_for(lambda: self._leaving[0].is_over, _WAIT_S)
+        else:
+            self.hierarchy.flush(_WAIT_S)
 
     def _leave(self, load: Load) -> None:
         if load.is_over:

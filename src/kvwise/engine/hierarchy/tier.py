@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from threading import RLock
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -103,9 +104,9 @@ class Tier:
             return self.index.num_bytes_of(keys)
 
     def deadline(self, key: bytes) -> float:
-        """When the block expires if nobody hits it, in seconds on the clock."""
+        """When the block expires if nobody hits it, in seconds on the clock; minus infinity if it is not here."""
         with self._lock:
-            return self.index.deadlines_of([key])[0]
+            return -inf if self.index.get(key) is None else self.index.deadlines_of([key])[0]
 
     def has(self, key: bytes) -> bool:
         """Whether the block is here, whatever the breaker says."""
@@ -210,12 +211,17 @@ class Tier:
                     self.below.write([Item(entry, [view])])
         self._forget_bytes(keys)
 
-    def drop(self, key: bytes, fault: Fault) -> None:
-        """A record that came back wrong: it is not found any more, and its bytes go."""
-        self._count(fault)
-        self.breaker.failure(fault)
+    def drop(self, key: bytes, fault: Fault, *, told: bool = False) -> None:
+        """A record that came back wrong: it is not found any more, and its bytes go.
+
+        `told`: the fault is the store's own answer, which was counted when it came.
+        """
+        if not told:
+            self._count(fault)
+            self.breaker.failure(fault)
+        wrong = fault.kind in (FaultKind.CORRUPT, FaultKind.FOREIGN)
         with self._lock:
-            gone = self.index.remove([key], RemovalReason.WITHDRAWN)
+            gone = self.index.remove([key], RemovalReason.CORRUPT if wrong else RemovalReason.TIER_FAULT)
         self._forget_bytes([entry.key for entry in gone])
 
     # -- forgetting ---------------------------------------------------------------------------------------------

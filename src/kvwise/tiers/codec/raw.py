@@ -1,5 +1,7 @@
 """raw: a layer is written as its keys and its values lie in memory. Lossless, and nothing is copied to write it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,9 @@ class Raw:
 
     name = "raw"
     lossless = True
-    levels = ("raw",)
+    levels: tuple[str, ...] = ("raw",)
 
-    def encode(self, keys: Tensor, values: Tensor, level: int = 0) -> list[list[Buffer]]:
+    def encode(self, keys: Tensor, values: Tensor, level: int = 0) -> list[Sequence[Buffer]]:
         """See `Codec.encode`; the pieces are views of the tensors."""
         layers = zip(layer_bytes(keys), layer_bytes(values), strict=True)
         return [[key_bytes, value_bytes] for key_bytes, value_bytes in layers]
