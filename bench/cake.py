@@ -85,7 +85,7 @@ def report(figures: list[LoadingFigures]) -> tuple[list[dict[str, object]], list
           f"{median(r['over_better'] for r in found):.2f}")  # fmt: skip
     mean = mean_speedups(figures)
     assert mean is not None
-    print(f"mean speed-up: {mean.over_load:.2f}x against loading only, {mean.over_compute:.2f}x against computing only, "
+    print(f"mean speed-up: {mean.over_load:.2f}x against loading, {mean.over_compute:.2f}x against computing, "
           f"{(mean.over_load + mean.over_compute) / 2:.2f}x on average; the paper's {PAPER}x")  # fmt: skip
     broken = [f"median over the optimum {allowed:.2f}"] if allowed > 1 else []
     return rows, broken + ([f"over the better side {worst:.2f}"] if worst > 1 else [])

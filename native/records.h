@@ -23,11 +23,11 @@ struct [[gnu::packed]] FixedHeader {
     uint16_t num_segments;
     uint16_t num_tokens;
     uint64_t record_bytes;
-    char key[32], parent[32], identity[32], codec[64], tenant[16], session[16];
+    char key[32], parent[32], identity[32], codec[64], tenant[16], session[16], probe[32];
     double stored_at, expires_at, idle_s;
     uint32_t depth;
 };
-static_assert(sizeof(FixedHeader) == 244, "tiers/record.py packs it so");
+static_assert(sizeof(FixedHeader) == 276, "tiers/record.py packs it so");
 
 // What a record must say to be the one that was asked for.
 struct Wanted {

@@ -132,7 +132,7 @@ def test_segments_of_another_record_of_the_key_are_a_miss() -> None:
 
 def forged(record: bytes, offset: int, value: bytes, num_segments: int = 2) -> bytes:
     """The record with bytes of its header replaced and the header's checksum made right again."""
-    end = 244 + 24 * num_segments
+    end = 276 + 24 * num_segments
     body = record[:offset] + value + record[offset + len(value) : end]
     return body + xxh3_128_digest(body) + record[end + 16 :]
 
@@ -141,13 +141,13 @@ def forged(record: bytes, offset: int, value: bytes, num_segments: int = 2) -> b
     ("offset", "value"),
     [
         (16, struct.pack("<Q", 1 << 40)),  # bytes of the record
-        (244, struct.pack("<Q", 1 << 63)),  # bytes of a segment
+        (276, struct.pack("<Q", 1 << 63)),  # bytes of a segment
         (12, struct.pack("<H", 1024)),  # number of segments
         (12, struct.pack("<H", 0)),
         (120, b"\xff"),  # the codec's name
-        (216, struct.pack("<d", nan)),
-        (224, struct.pack("<d", nan)),
-        (232, struct.pack("<d", nan)),
+        (248, struct.pack("<d", nan)),
+        (256, struct.pack("<d", nan)),
+        (264, struct.pack("<d", nan)),
     ],
 )
 def test_a_forged_header_is_a_fault_and_no_exception(offset: int, value: bytes) -> None:

@@ -203,7 +203,7 @@ class Engine:
             self._run(self._builder.build(schedule))
         elif self._loads:
             self._loads.wait()
-        elif not self._scheduler.running and self._scheduler.waiting:
+        elif not self._scheduler.running and self._scheduler.waiting and not self._scheduler.wait_for_blocks():
             self._finisher.refuse_stuck(self._scheduler.waiting[0])
         self._num_steps += 1
         if self.config.check:

@@ -132,9 +132,12 @@ class Finisher:
 
     def _settle(self, sequence: Sequence) -> None:
         """Hand a sequence to the placement; the latest others make room if there is none. Only it may fail."""
+        self._scheduler.offer_rest(sequence)
         try:
             while not self._memory.placement.settle(sequence):
                 other = self._scheduler.latest(besides=sequence)
+                if other is None and self._scheduler.wait_for_blocks():
+                    continue
                 if other is None:
                     raise CapacityError("no memory is left to rearrange the request's KV: raise kv_cache_memory_bytes")
                 self._scheduler.preempt(other)

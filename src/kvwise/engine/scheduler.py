@@ -49,6 +49,7 @@ class Scheduler:
         self._clock = clock
         self._loads = loads
         self._storing = storing
+        self._stuck_since: float | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new request."""
@@ -56,6 +57,12 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Choose the sequences of the next step and reserve their memory."""
+        chosen = self._chosen()
+        if chosen:
+            self._stuck_since = None
+        return chosen
+
+    def _chosen(self) -> list[Scheduled]:
         if self._loads is not None:
             self._look_ahead(self._loads)
             self._loads.advance()
@@ -71,6 +78,22 @@ class Scheduler:
             chosen += admitted
             budget -= sum(item.num_tokens for item in admitted)
         return chosen + self._left_over(budget)
+
+    def wait_for_blocks(self) -> bool:
+        """Nothing runs for lack of blocks: wait a moment for some that a transfer holds.
+
+        False: none does, or not one has come back within the tiers' deadline.
+        """
+        if self._loads is None or not (self._loads.num_leaving or self._loads.hierarchy.num_held):
+            self._stuck_since = None
+            return False
+        now = self._clock.now()
+        self._stuck_since = now if self._stuck_since is None else self._stuck_since
+        if now - self._stuck_since > self._config.tier_deadline_s:
+            self._stuck_since = None
+            return False
+        self._loads.wait_for_blocks()
+        return True
 
     def _is_loading(self, sequence: Sequence) -> bool:
         return self._loads is not None and self._loads.of(sequence) is not None
@@ -196,10 +219,14 @@ class Scheduler:
         sequence.declines_loading = True
         self.preempt(sequence)
 
-    def release(self, sequence: Sequence) -> None:
-        """Give back all memory of a running sequence and take it off the running list."""
+    def offer_rest(self, sequence: Sequence) -> None:
+        """A sequence is about to let go of its blocks, or to rearrange them: store what is not stored yet."""
         if self._storing is not None:
             self._storing.offer_rest(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back all memory of a running sequence and take it off the running list."""
+        self.offer_rest(sequence)
         if self._loads is not None:
             self._loads.cancel(sequence)
         self._placement.release(sequence)

@@ -19,6 +19,7 @@ from kvwise.study.placement import tier_spec
 
 BLOCK = 16
 SLACK = 4 * BLOCK  # tokens a request may waste in partly filled blocks
+POOL = 5  # prefixes that the device has room for: only a part of a pool is held for storing, the rest is not stored
 DEADLINE_S = 300.0  # a link may be as slow as one likes
 FLUSH_S = 60.0
 
@@ -81,8 +82,8 @@ class Loader:
         found = len(self._hierarchy.find(keys))
         if found < len(keys):
             raise CapacityError(
-                f"of {len(keys)} blocks of the prefix {found} lie in tier {self._hierarchy.tiers[0].name}: give it more "
-                f"room, or see why they were not stored"
+                f"of {len(keys)} blocks of the prefix {found} lie in tier {self._hierarchy.tiers[0].name}: give it "
+                f"more room, or see why they were not stored"
             )
 
     def throttle(self, bytes_per_second: float) -> None:
@@ -111,7 +112,7 @@ class Loader:
 
 
 def _config(setup: LoaderSetup, strategy: Strategy, part: int, token_bytes: int, folder: Path) -> EngineConfig:
-    tokens = setup.longest + SLACK + setup.others * (setup.others_tokens + SLACK)
+    tokens = POOL * (setup.longest + SLACK) + setup.others * (setup.others_tokens + SLACK)
     loads = not strategy.loading.default
     return EngineConfig(
         kv_cache_memory_bytes=tokens * token_bytes,

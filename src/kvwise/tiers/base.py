@@ -65,7 +65,7 @@ class ByteStore(Protocol):
         ...
 
     def delete(self, keys: Sequence[bytes], *, wipe: bool = False) -> list[Fault | None]:
-        """Forget the records; `wipe` overwrites their bytes first where the medium allows. An absent key is no fault."""
+        """Forget records; `wipe` overwrites their bytes first where the medium allows. An absent key is no fault."""
         ...
 
     def scan(self) -> Iterator[memoryview]:

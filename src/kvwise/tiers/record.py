@@ -23,15 +23,16 @@ from kvwise.tiers.base import Buffer, Fault, FaultKind
 
 MAGIC = b"KVWISE\x00\x01"
 ALIGNMENT = 64
-_FIXED = struct.Struct("<8sIHHQ32s32s32s64s16s16sdddI")
+_FIXED = struct.Struct("<8sIHHQ32s32s32s64s16s16s32sdddI")
 _START = struct.Struct("<8sIH")  # the first three of them
 _SEGMENT = struct.Struct("<Q16s")
 _DIGEST_BYTES = 16
 _CODEC_BYTES = 64
-_NAME_BYTES = 3 * 32 + 2 * 16  # key, parent, identity, tenant, session
+_NAME_BYTES = 4 * 32 + 2 * 16  # key, parent, identity, probe, tenant, session
 _MAX_SEGMENTS = 1024
 _MAX_RECORD_BYTES = 1 << 34
 NO_TAG = bytes(16)  # the record belongs to no tenant, or to no session
+NO_PROBE = bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class Header:
     """What a record says of itself.
 
     `key`, `parent` and `identity` are 32 bytes: the block's key, that of the block before it (or its chain's root),
-    and the root of the unsalted identity. `codec` prints codec and level. `tenant` and `session` are 16-byte tags of
+    and the root of the unsalted identity. `probe`: of a first block, a digest of its tokens alone, so that a miss can
+    tell that another model has them; else zeros. `codec` prints codec and level. `tenant` and `session` are 16-byte tags of
     who stored it. `stored_at` and `expires_at` are Unix seconds of the wall clock (they must mean something after a
     restart), `idle_s` the seconds it may go unused; infinity is "never". `depth` is the block's index in its chain.
     `segments` are (length in bytes, digest).
@@ -56,6 +58,7 @@ class Header:
     idle_s: float = inf
     tenant: bytes = NO_TAG
     session: bytes = NO_TAG
+    probe: bytes = NO_PROBE
     segments: tuple[tuple[int, bytes], ...] = field(default=())
 
     @property
@@ -104,14 +107,15 @@ def pack_header(header: Header, table: Sequence[tuple[int, bytes]]) -> bytes:
 def pack_fixed(header: Header, num_segments: int, num_bytes: int) -> bytes:
     """The header's bytes before the table, of a record of `num_bytes`. ValueError for what could not be read back."""
     key, parent, identity = header.key, header.parent, header.identity
-    if len(key) + len(parent) + len(identity) + len(header.tenant) + len(header.session) != _NAME_BYTES:
-        raise ValueError("key, parent and identity have 32 bytes each, tenant and session 16")
+    names = (key, parent, identity, header.probe, header.tenant, header.session)
+    if sum(map(len, names)) != _NAME_BYTES:
+        raise ValueError("key, parent, identity and probe have 32 bytes each, tenant and session 16")
     if not 0 < num_segments <= _MAX_SEGMENTS or num_bytes > _MAX_RECORD_BYTES:
         raise ValueError(f"a record has 1 to {_MAX_SEGMENTS} segments and at most {_MAX_RECORD_BYTES} bytes")
     return _FIXED.pack(
         MAGIC, header_bytes(num_segments), num_segments, header.num_tokens, num_bytes, key, parent, identity,
-        pack_codec(header.codec), header.tenant, header.session, header.stored_at, header.expires_at, header.idle_s,
-        header.depth,
+        pack_codec(header.codec), header.tenant, header.session, header.probe, header.stored_at, header.expires_at,
+        header.idle_s, header.depth,
     )  # fmt: skip
 
 
@@ -129,8 +133,8 @@ def read_header(view: Buffer) -> Header | Fault:
     data = _copy_header(memoryview(view).cast("B"))
     if isinstance(data, Fault):
         return data
-    (_, size, count, num_tokens, num_bytes, key, parent, identity, codec, tenant, session, stored_at, expires_at,
-     idle_s, depth) = _FIXED.unpack_from(data)  # fmt: skip
+    (_, size, count, num_tokens, num_bytes, key, parent, identity, codec, tenant, session, probe, stored_at,
+     expires_at,      idle_s, depth) = _FIXED.unpack_from(data)  # fmt: skip
     end = _FIXED.size + count * _SEGMENT.size
     if data[end:] != xxh3_128_digest(data[:end]).ljust(size - end, b"\x00"):
         return Fault(FaultKind.CORRUPT, "the header's checksum is wrong")
@@ -140,7 +144,7 @@ def read_header(view: Buffer) -> Header | Fault:
     segments = tuple(_SEGMENT.iter_unpack(data[_FIXED.size : end]))
     header = Header(
         key, parent, identity, codec.decode("ascii"), num_tokens, depth, stored_at, expires_at, idle_s, tenant,
-        session, segments,
+        session, probe, segments,
     )  # fmt: skip
     if num_bytes > _MAX_RECORD_BYTES or header.record_bytes != num_bytes:
         return Fault(FaultKind.CORRUPT, f"segments do not add up to {num_bytes} bytes")

@@ -195,12 +195,14 @@ def test_a_folder_emptied_behind_the_engine(serve: Serve, require_right: Any, tm
     engine = make(serve, "load", tier_text("disk", tmp_path))
     for path in (tmp_path / "disk").iterdir():
         path.write_bytes(b"\x00" * path.stat().st_size)
-    for _ in range(2):
-        output = ask(engine)
-        require_right(output)
-        assert output.attestation.tokens_loaded == 0
-        leave_device(engine)
+    output = ask(engine)
+    require_right(output)
+    assert output.attestation.tokens_loaded == 0
     assert faults(engine)
+    leave_device(engine)
+    output = ask(engine)  # it was stored anew
+    require_right(output)
+    assert output.attestation.tokens_loaded == 16 * BLOCKS
 
 
 # -- tiers that hang ----------------------------------------------------------------------------------------------
@@ -224,10 +226,10 @@ def test_a_hung_tier_is_given_up_and_its_late_answer_harms_nobody(
     engine = make(serve, method, clock=clock, tier_deadline_s=5.0)
     unruly = rig(engine)
     unruly.read_gate.clear()
+    engine._runner._meter.engine = None  # nothing comes that a step could wait for
     engine.add_request(PROMPT, greedy(NUM_TOKENS), request_id="hung")
     engine.step()
     assert unruly.reading.wait(WITHIN_S)
-    engine._runner._meter.engine = None  # nothing comes that a step could wait for
     engine.add_request(COLD, greedy(NUM_TOKENS), request_id="cold")
     done = step_until(engine, lambda: "cold" not in engine._requests)
     require_right(done["cold"])
@@ -241,8 +243,7 @@ def test_a_hung_tier_is_given_up_and_its_late_answer_harms_nobody(
     done |= finish(engine)
     require_right(done["hung"])
     assert done["hung"].attestation.tokens_loaded == 0
-    held = engine.memory.cache.usage().num_referenced
-    assert held == (BLOCKS if not method.startswith("cake") or True else 0)
+    assert engine.memory.cache.usage().num_referenced == BLOCKS
     engine.memory.cache.check()
     unruly.read_gate.set()
     require_idle(engine)
@@ -457,7 +458,6 @@ def test_redis_dies_under_the_engine_and_comes_back(serve: Serve, require_right:
 @pytest.mark.parametrize("num_steps", range(7))
 def test_abort_while_loading(serve: Serve, require_right: Any, method: str, num_steps: int) -> None:
     engine = make(serve, method)
-    unruly = rig(engine)
     seen = set()
     for gone_first in (True, False):
         engine.add_request(PROMPT, greedy(NUM_TOKENS), request_id="a")
@@ -477,9 +477,8 @@ def test_abort_while_loading(serve: Serve, require_right: Any, method: str, num_
         engine.memory.cache.clear()
     if num_steps == 0:
         assert seen == {(Phase.WAITING, False)}
-    if num_steps == 1:
+    if num_steps == 1 and method == "load":
         assert (Phase.PREFILL, True) in seen
-    assert unruly.num_reads >= 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -488,8 +487,8 @@ def test_abort_while_a_transfer_is_under_way(serve: Serve, require_right: Any, m
     engine = make(serve, method, blocks=24)
     unruly = rig(engine)
     unruly.read_gate.clear()
-    engine.add_request(PROMPT, greedy(NUM_TOKENS), request_id="a")
     engine._runner._meter.engine = None
+    engine.add_request(PROMPT, greedy(NUM_TOKENS), request_id="a")
     engine.step()
     assert unruly.reading.wait(WITHIN_S)
     engine.abort("a")
@@ -497,12 +496,10 @@ def test_abort_while_a_transfer_is_under_way(serve: Serve, require_right: Any, m
     usage = engine.memory.cache.usage()
     assert usage.num_sequences == 0
     assert usage.num_referenced == BLOCKS
-    before = engine.memory.arena.keys.clone()
     assert finish(engine)["a"].finish_reason is FinishReason.ABORT
     require_right(ask(engine, COLD))
     unruly.read_gate.set()
     require_idle(engine)
-    assert before.shape == engine.memory.arena.keys.shape
     require_right(ask(engine), ask(engine, OTHER))
 
 
@@ -555,8 +552,6 @@ def test_close_while_loading(serve: Serve, method: str) -> None:
 @pytest.mark.parametrize("layer", [0, 1, LAYERS - 1])
 def test_a_bad_layer_after_the_request_counts_on_it(serve: Serve, require_right: Any, layer: int) -> None:
     """It has computed on top of layers that came: all of that is thrown away, and it is computed from the start."""
-    engine = make(serve, "layerwise", clock=(clock := VirtualClock()), meter_seconds=None) if False else None
-    assert engine is None
     clock = VirtualClock()
     engine = serve("llama-tiny", "full+prefix+layerwise", tiers=["memory(size=4MiB)"], clock=clock,
                    meter=VirtualMeter(clock, lambda tokens, context: 1e-3 * tokens), max_num_seqs=4)  # fmt: skip
@@ -629,4 +624,32 @@ def test_loads_on_a_virtual_clock_survive_faults_too(serve: Serve, require_right
     rig(engine).alter = only(BLOCKS - 2, engine, flipped(-1))
     require_right(*run(engine, [PROMPT, OTHER], greedy(NUM_TOKENS)))
     assert isinstance(hierarchy_of(engine).tiers[0].store, Unruly)
+    require_idle(engine)
+
+
+# -- methods that raise -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["decide", "next_chunk", "may_compute"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loading_method_that_raises_costs_its_load_only(
+    serve: Serve, require_right: Any, monkeypatch: pytest.MonkeyPatch, method: str, where: str
+) -> None:
+    """F29."""
+    engine = make(serve, method)
+    kind, calls = type(loads_of(engine).method), []
+    original = getattr(kind, where)
+
+    def bad(self: Any, outlook: Any, *rest: Any) -> Any:
+        if outlook.stop == BLOCKS:
+            calls.append(1)
+            if len(calls) > (where == "next_chunk"):
+                raise RuntimeError("the method is broken")
+        return original(self, outlook, *rest)
+
+    monkeypatch.setattr(kind, where, bad)
+    outputs = run(engine, [PROMPT, OTHER], greedy(NUM_TOKENS))
+    assert calls
+    require_right(*outputs)
+    assert outputs[1].attestation.tokens_loaded > 0
     require_idle(engine)

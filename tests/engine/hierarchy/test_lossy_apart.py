@@ -63,8 +63,8 @@ def test_raw_is_raw_whatever_loads_it(serve: Serve, tmp_path: Path) -> None:
         assert ask(engine).attestation.tokens_loaded == 16 * BLOCKS
 
 
-# How far logits may be off, beside the spread of the logits themselves. Half of it would be a different answer.
-BOUNDS = {"load(codec=int8)": 0.02, "load(codec=int4)": 0.5, "cachegen(levels=2)": 0.5}
+# How far a logit may be off, beside the spread of the logits; random ones would be off by 5 or so.
+BOUNDS = {"load(codec=int8)": 0.1, "load(codec=int4)": 1.5, "cachegen(levels=2)": 3.0}
 
 
 @pytest.mark.parametrize("lossy", BOUNDS)

@@ -100,6 +100,7 @@ def make_hierarchy(
         identity,
         clock,
         let_go=cache.let_go,
+        note_foreign=cache.note_foreign,
         through=config.offload == "through",
         store_after=config.store_after,
         most_held=max(1, arena.num_blocks // MOST_HELD),

@@ -19,7 +19,7 @@ from kvwise.policies.base import Blocks
 from kvwise.tiers.base import Buffer, Extent, Fault
 from kvwise.tiers.blocks import RawRecord, seal_blocks
 from kvwise.tiers.codec.base import Codec
-from kvwise.tiers.record import Header, open_record
+from kvwise.tiers.record import NO_PROBE, Header, open_record
 
 _MOST_COUNTED = 100_000  # blocks whose uses are counted before they are stored
 _LOOKED_AHEAD_BYTES = 256 * 2**20  # fetched for waiting requests at a time
@@ -41,12 +41,16 @@ class StoredBlock(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """Full blocks of one request, to be stored: keys and parents of their chain, block ids, index of the first."""
+    """Full blocks of one request, to be stored: keys and parents of their chain, block ids, index of the first.
+
+    `probe` is a digest of the first block's tokens alone (see `PrefixKeys.bare_probe`).
+    """
 
     keys: Sequence[bytes]
     parents: Sequence[bytes]
     first: int
     blocks: Blocks
+    probe: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class Hierarchy:
         clock: Clock,
         *,
         let_go: Callable[[Blocks], None],
+        note_foreign: Callable[[list[bytes]], None],
         through: bool,
         store_after: int = 1,
         most_held: int,
@@ -88,6 +93,7 @@ class Hierarchy:
         self.num_skipped = 0  # blocks not stored because too many were on their way when their request ended
         self._clock = clock
         self._let_go = let_go
+        self._note_foreign = note_foreign
         self._through = through
         self._store_after = store_after
         self._most_held = most_held
@@ -95,6 +101,7 @@ class Hierarchy:
         self._refresh_at = clock.now() + _REFRESH_S
         self._cancelled: set[bytes] = set()  # purged while on their way down, behind a tier that hangs
         self._done: deque[Blocks] = deque()
+        self._foreign: deque[bytes] = deque()  # probes of other models' prompts, for the reason of a miss
         self._uses: OrderedDict[bytes, int] = OrderedDict()
         self._ahead: dict[str, list[bytes]] = {}  # request -> keys held for it in the first tier
         self._saver = Worker("store")
@@ -104,7 +111,13 @@ class Hierarchy:
         for tier in self.tiers:
             if tier.store.persistent:
                 tier.take_pins(self.deadlines.offset)  # before anything could have to leave
-                tier.adopt(self.deadlines.entry)
+                tier.adopt(self._entry_of)
+
+    def _entry_of(self, header: Header) -> Entry:
+        """The entry of a record found in a store; another model's is kept like any other, and known to be there."""
+        if header.identity != self.root and header.probe != NO_PROBE:
+            self._foreign.append(header.probe)
+        return self.deadlines.entry(header)
 
     # -- look-up ------------------------------------------------------------------------------------------------
 
@@ -181,6 +194,11 @@ class Hierarchy:
         return count >= self._store_after
 
     @property
+    def num_held(self) -> int:
+        """Blocks that are held for storing now."""
+        return self._num_held
+
+    @property
     def num_room(self) -> int:
         """Blocks that may be held for storing now, beside those that are."""
         return max(0, self._most_held - self._num_held)
@@ -221,6 +239,7 @@ class Hierarchy:
             idle_s=idle_s,
             tenant=tag(terms.tenant),
             session=tag(terms.session),
+            probe=offer.probe if offer.first + i == 0 and offer.probe else NO_PROBE,
         )
 
     def _item(self, header: Header, pieces: Sequence[Buffer], terms: Terms) -> Item:
@@ -282,6 +301,8 @@ class Hierarchy:
             blocks = self._done.popleft()
             self._num_held -= len(blocks)
             self._let_go(blocks)
+        if self._foreign:
+            self._note_foreign([self._foreign.popleft() for _ in range(len(self._foreign))])
         if self._cancelled and not len(self._saver):
             self._cancelled.clear()
         for tier in self.tiers:
@@ -294,7 +315,7 @@ class Hierarchy:
     def _tidy(self) -> None:
         for tier in self.tiers:
             tier.tidy()
-            tier.refresh(self.deadlines.entry)
+            tier.refresh(self._entry_of)
             tier.take_pins(self.deadlines.offset)
 
     # -- forgetting ---------------------------------------------------------------------------------------------

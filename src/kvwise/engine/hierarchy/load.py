@@ -171,7 +171,7 @@ class Load:
         return self.outlook.first + int(failed[0]) if len(failed) else self.outlook.stop
 
     def join(self) -> int | None:
-        """By layer: the request computes on top from now on. End of the run it may count on; None: nothing will come."""
+        """By layer: the request computes on top from now on. End of the run it may count on; None: nothing comes."""
         with self.news:
             end = self.end_block
             if self.is_given_up or end == self.outlook.first:

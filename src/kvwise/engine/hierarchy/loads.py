@@ -151,6 +151,9 @@ class Loads:
             late = self._clock.now() - load.last_progress > self._deadline_s
             if late and not load.is_over and not load.is_stopped and sequence in self._loads:
                 self._abandon(load)
+        self._free_leaving()
+
+    def _free_leaving(self) -> None:
         for load in [load for load in self._leaving if load.is_over]:
             self._leaving.remove(load)
             self._cache.let_go(load.blocks)
@@ -302,8 +305,9 @@ class Loads:
     def _take_back(self, sequence: Seq, load: Load) -> None:
         """What was loaded is worth nothing: the request starts over, and was served none of it."""
         tokens, load.num_taken = load.num_taken * self._size, 0
-        sequence.attestation.tokens_loaded -= tokens
-        sequence.attestation.did[self.method.name] -= tokens
+        if tokens:
+            sequence.attestation.tokens_loaded -= tokens
+            sequence.attestation.did[self.method.name] -= tokens
         sequence.metrics.num_cached_tokens -= tokens
         sequence.metrics.load = self._report(load)
         if miss := load.miss():
@@ -317,8 +321,10 @@ class Loads:
     def wait_for_blocks(self) -> None:
         """Nothing can go on before blocks that a transfer holds come back: wait a moment for one."""
         if self._leaving:
-            with self._leaving[0].news:
-                self._leaving[0].news.wait_for(lambda: self._leaving[0].is_over, _WAIT_S)
+            first = self._leaving[0]
+            with first.news:
+                first.news.wait_for(lambda: first.is_over, _WAIT_S)
+            self._free_leaving()
         else:
             self.hierarchy.flush(_WAIT_S)
 

@@ -58,7 +58,9 @@ class Storing:
             if start < end:
                 blocks = self._cache.hold(sequence.row, first + start, first + end)
                 parents = [chain.chain[i - 1] if i else chain.root for i in range(first + start, first + end)]
-                self._hierarchy.save(Offer(keys[start:end], parents, first + start, blocks), sequence.terms)
+                self._hierarchy.save(
+                    Offer(keys[start:end], parents, first + start, blocks, chain.bare_probe), sequence.terms
+                )
 
 
 def _runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
