@@ -243,7 +243,7 @@ class FakeLoader:
 
     @property
     def method(self) -> str:
-        return self.setup.strategy.rpartition("+")[2]
+        return self.setup.strategy.rpartition("+")[2].partition("(")[0]
 
     @property
     def chunk_tokens(self) -> int:

@@ -137,13 +137,13 @@ def test_a_copier_that_cannot_run_is_named() -> None:
 def test_the_native_side_refuses_wrong_sizes() -> None:
     from kvwise import _native
 
-    shape, fixed, room = [1, 64, 64, 64, 64], [bytes(244)], [memoryview(bytearray(448))]
+    shape, fixed, room = [1, 64, 64, 64, 64], [bytes(276)], [memoryview(bytearray(448))]
     seal = _native.seal_blocks
     with pytest.raises(ValueError, match="5 fields"):
         seal("generic", [1, 2], fixed, [0], [0], room, False, 1)
     with pytest.raises(ValueError, match="1 to 1024 layers"):
         seal("generic", [0, 64, 64, 64, 64], fixed, [0], [0], room, False, 1)
-    with pytest.raises(ValueError, match="244 bytes, not 1"):
+    with pytest.raises(ValueError, match="276 bytes, not 1"):
         seal("generic", shape, [b"x"], [0], [0], room, False, 1)
     with pytest.raises(ValueError, match="bytes, not 1"):
         seal("generic", shape, fixed, [0], [0], [memoryview(bytearray(1))], False, 1)

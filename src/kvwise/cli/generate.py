@@ -3,16 +3,23 @@
 import json
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvwise.cli.times import parse_seconds
 from kvwise.core.errors import RequestError, UsageError
-from kvwise.core.output import RequestOutput
+from kvwise.core.output import EngineStats, RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.core.sizes import parse_bytes, parse_link
+from kvwise.core.tiering import parse_tier
+
+if TYPE_CHECKING:
+    from kvwise.engine.llm import LLM
 
 Memory = "Memory"
+Tiers = "Tiers below the device"
 Sampling = "Sampling"
 
 
@@ -50,6 +57,19 @@ def generate(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 512,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens a request may have.")] = None,
     enable_chunked_prefill: Annotated[bool, typer.Option()] = True,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(help="Below the device, such as 'disk(path=/var/cache/kvwise)'.", rich_help_panel=Tiers),
+    ] = None,
+    offload: Annotated[str, typer.Option(help="through or back.", rich_help_panel=Tiers)] = "through",
+    ttl: Annotated[str | None, typer.Option(help="How long KV may be found: 15m, 2h.", rich_help_panel=Tiers)] = None,
+    idle_ttl: Annotated[str | None, typer.Option(help="Likewise, without being used.", rich_help_panel=Tiers)] = None,
+    salt: Annotated[str, typer.Option(help="Tenant: others' KV is not shared.", rich_help_panel=Tiers)] = "",
+    session: Annotated[str, typer.Option(help="Session that stores the KV.", rich_help_panel=Tiers)] = "",
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(help="Load the prompt's KV from FILE if it is there, save it after.", rich_help_panel=Tiers),
+    ] = None,
     link: Annotated[list[str] | None, typer.Option(help="Throttle, such as host:device=12GB/s.")] = None,
     kernels: Annotated[str | None, typer.Option(help="Kernel family; default: the fastest here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per output.")] = False,
@@ -75,9 +95,15 @@ def generate(
         "max_model_len": max_model_len,
         "enable_chunked_prefill": enable_chunked_prefill,
         "links": dict(parse_link(text) for text in link or ()),
+        "tiers": [parse_tier(text) for text in tier or ()],
+        "offload": offload,
+        "ttl_s": parse_seconds(ttl, "--ttl") if ttl else None,
+        "idle_ttl_s": parse_seconds(idle_ttl, "--idle-ttl") if idle_ttl else None,
         "kernels": kernels,
     }
-    ids = [_token_ids(text) for text in prompt_ids or ()]
+    prompts = [*(prompt or ()), *(_token_ids(text) for text in prompt_ids or ())]
+    if prompt_cache is not None and len(prompts) > 1:
+        raise UsageError(f"--prompt-cache keeps one prompt, and {len(prompts)} are given: run them one by one")
     # Bad options are refused above, before the seconds it takes to import torch and load a model.
     from kvwise.engine.llm import LLM
     from kvwise.methods.catalogue import parse
@@ -86,8 +112,11 @@ def generate(
     chosen = parse(strategy)
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with LLM(loaded, chosen, **settings) as llm:
-        outputs = llm.generate([*(prompt or ()), *ids], params)
-        _show(outputs, llm.engine.stats().links, as_json=as_json)
+        if prompt_cache is None:
+            outputs = llm.generate(prompts, params, salt=salt, session=session)
+        else:
+            outputs = _with_cache(llm, prompts[0], params, prompt_cache, salt=salt, session=session)
+        _show(outputs, llm.engine.stats(), as_json=as_json)
     failed = next((o.error for o in outputs if o.error is not None), None)
     if failed is not None:
         raise RequestError(failed)
@@ -100,17 +129,57 @@ def _token_ids(text: str) -> list[int]:
         raise UsageError(f"--prompt-ids {text!r}: write token ids such as 1,2,3") from None
 
 
-def _show(outputs: list[RequestOutput], links: object, *, as_json: bool) -> None:
+def _with_cache(
+    llm: "LLM", prompt: str | list[int], params: SamplingParams, path: Path, *, salt: str, session: str
+) -> list[RequestOutput]:
+    """Answer a prompt with its KV from a file, if it is there; the file is written as soon as the prompt is computed."""
+    loaded = llm.load_prompt_cache(path, salt=salt, session=session) if path.exists() else None
+    ended: dict[int, RequestOutput] = {}
+    saved = None
+    for output in llm.stream(prompt, params, salt=salt, session=session):
+        full = len(output.prompt_token_ids) // llm.engine.memory.layout.block_size
+        if saved is None and output.error is None and full:
+            # Not again what came from there: a file of a longer prompt is not cut to this one.
+            known = (
+                loaded is not None and output.metrics.num_cached_tokens >= (len(output.prompt_token_ids) - 1) // full
+            )
+            saved = loaded if known else llm.save_prompt_cache(output.prompt_token_ids, path, salt=salt)
+        if output.finished:
+            ended[output.index] = output
+    if loaded is not None:
+        _say(f"{path}: {loaded.num_resident} of {loaded.num_blocks} blocks loaded ({loaded.place})")
+    if saved is not None and saved is not loaded:
+        _say(f"{path}: {saved.num_blocks} blocks saved ({saved.num_tokens} tokens)")
+    return [ended[index] for index in sorted(ended)]
+
+
+def _show(outputs: list[RequestOutput], stats: EngineStats, *, as_json: bool) -> None:
+    tiers: dict[str, Any] = dict(stats.tiers)
     for output in outputs:
         if as_json:
-            typer.echo(json.dumps({**asdict(output), "links": links}))
+            facts = {
+                **asdict(output),
+                "links": stats.links,
+                "tiers": {n: asdict(figures) for n, figures in tiers.items()},
+            }
+            typer.echo(json.dumps(facts))
             continue
         typer.echo(output.text)
-        done = output.attestation
-        print(
+        done, metrics = output.attestation, output.metrics
+        load = "" if metrics.load is None else f" by decision {metrics.load.decision!r}"
+        tiered = f"; {done.tokens_loaded} tokens loaded{load}" if tiers else ""
+        _say(
             f"[{output.request_id}.{output.index}] {done.strategy}: {len(output.prompt_token_ids)} prompt tokens "
-            f"({output.metrics.num_cached_tokens} cached), {len(output.token_ids)} new, "
+            f"({metrics.num_cached_tokens} cached), {len(output.token_ids)} new, "
             f"finished by {output.finish_reason}; dropped {done.tokens_dropped}, fetched {done.tokens_fetched} "
-            f"of {done.fetch_candidates} (token, layer, head), freed {done.bytes_freed / 2**20:.1f} MiB",
-            file=sys.stderr,
+            f"of {done.fetch_candidates} (token, layer, head), freed {done.bytes_freed / 2**20:.1f} MiB{tiered}"
         )
+    for name, figures in {} if as_json else tiers.items():
+        _say(
+            f"tier {name}: {figures.hits} blocks hit, {figures.misses} missed, {figures.num_loaded} loaded, "
+            f"{figures.num_stored} stored, {figures.num_blocks} there ({figures.num_bytes / 2**20:.1f} MiB)"
+        )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from kvwise import __version__
-from kvwise.cli import generate, methods, study
+from kvwise.cli import cache, generate, methods, study
 from kvwise.core.errors import KvwiseError, UsageError
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ def _root(
 app.command("generate")(generate.generate)
 app.command("methods")(methods.methods)
 app.add_typer(study.app, name="study")
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

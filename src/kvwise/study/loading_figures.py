@@ -1,7 +1,7 @@
 """Rows of loading cells -> figures: the time to the first token of each method at each place, and what was possible."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -76,8 +76,10 @@ class LoadingFigures:
 
     def over_optimum(self, method: str) -> float | None:
         """Its time over the optimum of the same run; median of runs."""
-        pairs = zip(self.runs[method], self._optima(), strict=True)
-        return median(ours / best for ours, best in pairs) if LOAD in self.runs else None
+        if LOAD not in self.runs:
+            return None
+        pairs = zip(self.runs[method], optima(self.runs), strict=True)
+        return median(ours / best for ours, best in pairs)
 
     def near_optimum(self, method: str) -> bool:
         """Whether it takes at most 1.10 optima and one chunk."""
@@ -88,9 +90,11 @@ class LoadingFigures:
         better = min(self.methods[name].ttft.value for name in (COMPUTE, LOAD) if name in self.methods)
         return self.methods[method].ttft.value <= better + self.chunk_s
 
-    def _optima(self) -> list[float]:
-        pairs = zip(self.runs[COMPUTE], self.runs[LOAD], strict=True)
-        return [compute * load / (compute + load) for compute, load in pairs]
+
+def optima(runs: Mapping[str, Sequence[float]]) -> list[float]:
+    """Tc*Tl / (Tc+Tl) of each run."""
+    pairs = zip(runs[COMPUTE], runs[LOAD], strict=True)
+    return [compute * load / (compute + load) for compute, load in pairs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +123,13 @@ def _figures(place: Place, rows: Sequence[Row]) -> LoadingFigures:
     for row in sorted(rows, key=lambda row: row["run"]):
         by_method[row["method"]].append(row)
     runs = {name: [row["ttft_s"] for row in some] for name, some in by_method.items()}
-    optimum = None
-    if LOAD in runs:
-        optimum = _timing([c * t / (c + t) for c, t in zip(runs[COMPUTE], runs[LOAD], strict=True)])
     ours = next((some for name, some in by_method.items() if name.partition("(")[0] == CAKE), rows)
     return LoadingFigures(
         place=place,
         bytes_per_s=median(row["bytes_per_s"] for row in rows),
         break_even=median(row["break_even_bytes_per_s"] for row in rows),
         methods={name: _method(name, some) for name, some in by_method.items()},
-        optimum=optimum,
+        optimum=_timing(optima(runs)) if LOAD in runs else None,
         chunk_s=median(row["chunk_s"] for row in ours),
         runs=runs,
         all_runs={name: [row["all_first_s"] for row in some] for name, some in by_method.items()},
