@@ -10,7 +10,7 @@ import pytest
 
 from kvwise.cli.main import run
 from kvwise.study.overrides import Overrides
-from kvwise.study.plan import Plan, default_plan, quality_plan, read_plan, read_plan_text
+from kvwise.study.plan import Plan, default_plan, paper_plan, quality_plan, read_plan, read_plan_text
 from kvwise.tasks.catalogue import tasks
 from tests.study.conftest import make_plan, run_fake
 
@@ -88,6 +88,37 @@ def test_questions_can_be_chosen(ran: list[Plan]) -> None:
     assert quality.protocols == ("multi-request",)
     assert quality.context_lengths == (256,)
     assert {c for block in ran[0].block for c in block.context_lengths} == {256}
+
+
+def test_a_papers_plan_is_run_by_its_id(ran: list[Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["study", "--paper", "2410.03065"]) == 0
+    assert run(["study", "run", "--paper", "2410.03065", "--repeats", "1", "--block", "table 5"]) == 0
+    assert ran[0] == paper_plan("2410.03065")
+    assert [(t.name, t.repeats) for t in ran[1].loading] == [("table 5", 1)]
+    assert run(["study", "plan", "--paper", "2410.03065"]) == 0
+    printed = capsys.readouterr()
+    assert read_plan_text(printed.out, "printed") == paper_plan("2410.03065")
+    assert "12 cells, at least" in printed.err
+    assert "2410.03065 (Cake)" in refused(["study", "--paper", "1706.03762"], capsys)
+    (tmp_path / "p.toml").write_text(SMALL)
+    assert "leave out" in refused(["study", "run", str(tmp_path / "p.toml"), "--paper", "2410.03065"], capsys)
+    assert "leave out --quality-only" in refused(["study", "--quality-only", "--paper", "2410.03065"], capsys)
+
+
+def test_placement_can_be_chosen(ran: list[Plan]) -> None:
+    options = [
+        "--strategy",
+        "full+prefix+cake",
+        "--tiers",
+        "host(size=1MiB) + disk",
+        "--ttl",
+        "5",
+        "--idle-ttl",
+        "never",
+    ]
+    assert run(["study", "run", "--block", "main", *options]) == 0
+    assert ran[0].block[0].tiers == (("host(size=1MiB)", "disk"),)
+    assert (ran[0].block[0].ttl_s, ran[0].block[0].idle_ttl_s) == ((5.0,), ("never",))
 
 
 def test_no_change_leaves_the_plan_as_it_is() -> None:

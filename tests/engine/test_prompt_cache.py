@@ -12,7 +12,7 @@ from kvwise.cache.scopes import Scope
 from kvwise.cache.ttl import Ttl
 from kvwise.core.clock import VirtualClock
 from kvwise.core.errors import CapacityError, UsageError
-from kvwise.engine import prompt_cache
+from kvwise.engine import prompt_cache, prompt_loading
 from kvwise.engine.engine import Engine
 from kvwise.engine.hierarchy.names import Deadlines
 from kvwise.engine.lifecycle import Owner
@@ -185,9 +185,19 @@ def test_another_salt_is_refused(serve: Serve, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="another salt"):
             load_prompt_cache(fresh, tmp_path / "p", owner=owner)
     untouched(fresh)
+    save_prompt_cache(serve_nobodys(serve), tmp_path / "q", prompt=PROMPT)
+    with pytest.raises(UsageError, match="another salt"):
+        load_prompt_cache(fresh, tmp_path / "q", owner=Owner("mine"))
     load_prompt_cache(fresh, tmp_path / "p", owner=Owner("mine"))
     assert answer(fresh)[0] == 0
     assert answer(fresh, salt="mine") == (FULL, expected)
+
+
+def serve_nobodys(serve: Serve) -> Engine:
+    """An engine that has computed `PROMPT` without a salt."""
+    engine = serve(MODEL, "full+prefix")
+    answer(engine)
+    return engine
 
 
 def test_a_cut_file_loads_nothing(serve: Serve, saved: tuple[Path, list[int]]) -> None:
@@ -221,22 +231,26 @@ def test_a_flipped_bit_anywhere_loads_nothing(serve: Serve, saved: tuple[Path, l
     assert answer(engine) == (FULL, saved[1])
 
 
+@pytest.mark.parametrize("chains", [1, 2])
 def test_a_file_that_changes_after_it_was_verified_leaves_nothing(
-    serve: Serve, saved: tuple[Path, list[int]], monkeypatch: pytest.MonkeyPatch
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chains: int
 ) -> None:
-    engine = serve(MODEL, "full+prefix")
-    verify = prompt_cache._Reader.verify
+    path, first, engine = tmp_path / "s", serve(MODEL, "full+prefix"), serve(MODEL, "full+prefix")
+    for prompt in prompts(100, 100)[:chains]:
+        run(first, [prompt], greedy(1), session="s")
+    save_prompt_cache(first, path, session="s")
+    verify = prompt_loading.Reader.verify
 
     def then_break(self: Any) -> list[float]:
         found = verify(self)
-        broken = bytearray(saved[0].read_bytes())
+        broken = bytearray(path.read_bytes())
         broken[-100] ^= 1
-        saved[0].write_bytes(bytes(broken))
+        path.write_bytes(bytes(broken))
         return found
 
-    monkeypatch.setattr(prompt_cache._Reader, "verify", then_break)
-    with pytest.raises(UsageError, match="block 5"):
-        load_prompt_cache(engine, saved[0])
+    monkeypatch.setattr(prompt_loading.Reader, "verify", then_break)
+    with pytest.raises(UsageError, match=f"block {6 * chains - 1}"):
+        load_prompt_cache(engine, path, owner=Owner("", "s"))
     untouched(engine)
 
 
@@ -287,7 +301,8 @@ def test_nothing_to_save(serve: Serve, tmp_path: Path) -> None:
 
 def test_blocks_keep_the_rest_of_their_time(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wall(seconds: float) -> None:
-        monkeypatch.setattr(prompt_cache, "_deadlines", lambda engine: Deadlines(engine.clock, seconds))
+        for module in (prompt_cache, prompt_loading):
+            monkeypatch.setattr(module, "deadlines_of", lambda engine: Deadlines(engine.clock, seconds))
 
     wall(1000.0)
     engine = serve(MODEL, "full+prefix", clock=VirtualClock())

@@ -240,6 +240,7 @@ class FakeLoader:
     closed: bool = False
     stored: int = 0
     speeds: list[float] = field(default_factory=list)  # of every run
+    log: list[str] = field(default_factory=list)  # of all loaders of a bench: who ran
 
     @property
     def method(self) -> str:
@@ -257,6 +258,7 @@ class FakeLoader:
 
     def run(self, prompts: Sequence[Sequence[int]]) -> LoaderRun:
         self.speeds.append(self.speed)
+        self.log.append(self.method)
         start, outputs = self.clock.now(), []
         part = max(1, round(self.setup.step_tokens * self.setup.share))
         steps = tuple(self._step(part, at) for at in range(0, len(prompts[0]), part))
@@ -298,6 +300,7 @@ class FakeBench:
         self.speed = speed
         self.engines: list[FakeEngine] = []
         self.loaders: list[FakeLoader] = []
+        self.log: list[str] = []
         self.wrong_tokens = False  # of whoever loads
         self.slept = 0.0
 
@@ -344,7 +347,7 @@ class FakeBench:
         return engine
 
     def loader(self, setup: LoaderSetup) -> "FakeLoader":
-        self.loaders.append(FakeLoader(self.clock, setup, self.facts(setup.model), self.wrong_tokens))
+        self.loaders.append(FakeLoader(self.clock, setup, self.facts(setup.model), self.wrong_tokens, log=self.log))
         return self.loaders[-1]
 
     def generate(self, model: str, side: str, prompt: Sequence[int], output_tokens: int) -> OnOffRun:

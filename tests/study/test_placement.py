@@ -149,6 +149,7 @@ def test_engines_get_the_placement_and_rows_tell_what_the_tiers_did(placed: tupl
             hits, misses = row["tier_hits"][name], row["tier_misses"][name]
             assert row["tier_hit_ratio"][name] == pytest.approx(hits / (hits + misses))
             assert row["tier_token_share"][name] == pytest.approx(16 * hits / row["prefix_queries"])
+            assert hits == (row["prefix_queries"] // 64 if name == "host" else hits)  # without the warm-up's
             assert row["tier_bytes"][name] > 0
             assert row["tier_faults"][name] == 0  # those of the warm-up do not count
         assert row["loads"] == {"both": 8}
@@ -166,7 +167,12 @@ def test_conditions_are_compared_within_one_placement(study: Study) -> None:
     cake = next(f for f in study.figures if f.who.framework == "full+prefix+cake")
     assert cake.loads == {"both": 16} and cake.tokens_loaded == 256
     assert list(cake.tier_shares) == ["device", "host"]
-    assert len(judge(study).decisions) == 8
+    verdict = judge(study)
+    assert len(verdict.decisions) == 8
+    (advice,) = verdict.recommendations
+    told = replace(advice, figures=next(f for f in study.figures if len(f.tier_shares) == 3)).command
+    assert told.endswith("full+prefix+cake --tier 'host(size=1MiB)' --tier 'disk(size=4MiB, path=kv-cache)'")
+    assert "--tier" not in replace(advice, figures=study.figures[0]).command
 
 
 def test_every_axis_of_placement_has_charts_with_nothing_else_varied_in_a_line(study: Study) -> None:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import inf
 from typing import TYPE_CHECKING, Annotated
 
@@ -298,5 +298,5 @@ def _until(end: float) -> str:
     return "until unpinned" if end == inf else f"for {show_seconds(end - time.time())}"
 
 
-def _tell(as_json: bool, facts: dict[str, object], line: str) -> None:
+def _tell(as_json: bool, facts: Mapping[str, object], line: str) -> None:
     show_json(facts) if as_json else typer.echo(line)

@@ -104,6 +104,8 @@ def generate(
     prompts = [*(prompt or ()), *(_token_ids(text) for text in prompt_ids or ())]
     if prompt_cache is not None and len(prompts) > 1:
         raise UsageError(f"--prompt-cache keeps one prompt, and {len(prompts)} are given: run them one by one")
+    if prompt_cache is not None and not prompt_cache.parent.is_dir():
+        raise UsageError(f"--prompt-cache {prompt_cache}: {prompt_cache.parent} is no folder; make it first")
     # Bad options are refused above, before the seconds it takes to import torch and load a model.
     from kvwise.engine.llm import LLM
     from kvwise.methods.catalogue import parse
@@ -132,23 +134,22 @@ def _token_ids(text: str) -> list[int]:
 def _with_cache(
     llm: "LLM", prompt: str | list[int], params: SamplingParams, path: Path, *, salt: str, session: str
 ) -> list[RequestOutput]:
-    """Answer a prompt with its KV from a file, if it is there; the file is written as soon as the prompt is computed."""
+    """Answer a prompt with its KV from a file, if there is one; else write it as soon as the prompt is computed."""
+    size = llm.engine.memory.layout.block_size
     loaded = llm.load_prompt_cache(path, salt=salt, session=session) if path.exists() else None
-    ended: dict[int, RequestOutput] = {}
     saved = None
+    ended: dict[int, RequestOutput] = {}
     for output in llm.stream(prompt, params, salt=salt, session=session):
-        full = len(output.prompt_token_ids) // llm.engine.memory.layout.block_size
-        if saved is None and output.error is None and full:
-            # Not again what came from there: a file of a longer prompt is not cut to this one.
-            known = (
-                loaded is not None and output.metrics.num_cached_tokens >= (len(output.prompt_token_ids) - 1) // full
-            )
-            saved = loaded if known else llm.save_prompt_cache(output.prompt_token_ids, path, salt=salt)
+        tokens = output.prompt_token_ids
+        # A file that has all of the prompt already is left alone: it may be of a longer one.
+        known = loaded is not None and output.attestation.tokens_reused >= (len(tokens) - 1) // size * size
+        if saved is None and output.error is None and len(tokens) >= size and not known:
+            saved = llm.save_prompt_cache(tokens, path, salt=salt)
         if output.finished:
             ended[output.index] = output
     if loaded is not None:
         _say(f"{path}: {loaded.num_resident} of {loaded.num_blocks} blocks loaded ({loaded.place})")
-    if saved is not None and saved is not loaded:
+    if saved is not None:
         _say(f"{path}: {saved.num_blocks} blocks saved ({saved.num_tokens} tokens)")
     return [ended[index] for index in sorted(ended)]
 

@@ -176,13 +176,15 @@ class Lifecycle:
     def _purge(
         self, keys: Sequence[bytes], num_shared: int, *, tenant: str | None = None, everything: bool = False
     ) -> PurgeReport:
+        below: list[Purged] = []
+        if (loads := self._memory.loads) is not None:
+            below = loads.hierarchy.purge(keys, tenant=tenant, everything=everything)  # waits for blocks that it holds
+            loads.stop_purged()
         withdrawn = self._cache.withdraw(keys, RemovalReason.PURGED)
         self._overwrite(withdrawn.blocks)
         self._cache.let_go(withdrawn.blocks)
         num_bytes = len(withdrawn.blocks) * self._memory.layout.block_bytes
-        tiers = [Purged("device", len(withdrawn.blocks), num_bytes, overwritten=True)]
-        if (hierarchy := self._hierarchy) is not None:
-            tiers += hierarchy.purge(keys, tenant=tenant, everything=everything)
+        tiers = [Purged("device", len(withdrawn.blocks), num_bytes, overwritten=True), *below]
         self.registry.forget(keys)
         self._prove_gone(keys)
         return PurgeReport(tuple(tiers), num_shared, withdrawn.kept)

@@ -18,10 +18,11 @@ from kvwise.study.plan import Plan
 from kvwise.study.summary import Study
 
 PAPER_MEAN = "the paper's 2.6× (Cake, arXiv 2410.03065)"
-HEAD = ("place", "step share", "link", "compute ms", "load ms", "best both ms", "method", "TTFT ms", "vs load",
+HEAD = ("place", "share", "link", "compute ms", "load ms", "best ms", "method", "TTFT ms", "vs load",
         "vs compute", "/ best", "loaded", "decided", "regret ms")  # fmt: skip
+FIXED = HEAD[:6]
 NUMERIC = (1, 3, 4, 5, 7, 8, 9, 10, 11, 13)
-SPEED_UPS = "Speed-ups of the time to the first token, against loading only \\ computing only; losing ones in red."
+SPEED_UPS = "Speed-ups of the time to the first token, against loading only \\ computing only. Red: more than a chunk behind."
 PAPER_HEAD = ("where", "what", "paper", "here")
 
 
@@ -31,7 +32,7 @@ def loading_rows(figures: Sequence[LoadingFigures]) -> Iterator[list[str]]:
         place, load = f.place, f.methods.get(LOAD)
         beside = f" + {place.num_others} short" if place.num_others else ""
         told = [
-            f"{place.block}: {short(place.model)}, {place.context} tokens{beside}",
+            f"{place.block}: {short(place.model)}, {place.context}{beside}",
             f"{place.share * 100:g} %",
             f"{words.number(f.bytes_per_s / 1e6)} MB/s ({place.bandwidth})",
             _ms(f.methods[COMPUTE].ttft.value),
@@ -119,12 +120,12 @@ def loading_tables(study: Study) -> RenderableType:
     parts: list[RenderableType] = [Text("\nLoading: time to the first token", style="bold")]
     shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1, 0, 0))
     for i, name in enumerate(HEAD):
-        shown.add_column(name, justify="right" if i in NUMERIC else "left")
+        shown.add_column(name, justify="right" if i in NUMERIC else "left", no_wrap=i < len(FIXED))
     before: list[str] = []
     for row in loading_rows(study.loading):
-        same = row[:6] == before
-        before = row[:6]
-        shown.add_row(*([""] * 6 if same else row[:6]), *row[6:])
+        same = row[: len(FIXED)] == before
+        before = row[: len(FIXED)]
+        shown.add_row(*([""] * len(FIXED) if same else before), *row[len(FIXED) :])
     if shown.row_count:
         parts.append(shown)
     parts += [Text(f"  {sentence}") for sentence in loading_sentences(study.loading)]

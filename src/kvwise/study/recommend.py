@@ -4,8 +4,10 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 
+from kvwise.study.placement import tier_spec
 from kvwise.study.plan import Plan
 from kvwise.study.scores import QualityFigures
 from kvwise.study.summary import Condition, Figures, Study
@@ -55,8 +57,11 @@ class Recommendation:
 
     @property
     def command(self) -> str:
-        """The command line to run it."""
-        return f"kvwise generate --model {shlex.quote(self.model)} --strategy {shlex.quote(self.figures.who.strategy)}"
+        """The command line to run it, with its tiers if it loads."""
+        words = ["kvwise", "generate", "--model", self.model, "--strategy", self.figures.who.strategy]
+        for tier in self.figures.condition.tiers.split(" + ") if self.figures.tier_shares else ():
+            words += ["--tier", str(tier_spec(tier, Path("kv-cache")))]
+        return shlex.join(words)
 
 
 @dataclass(frozen=True, slots=True)

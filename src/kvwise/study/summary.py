@@ -142,7 +142,12 @@ class Study:
         """Throttled links with their label."""
         told = {name: text for row in self.cells for name, text in (row["links"] or {}).items()}
         labels = {name: told.get(name, f"{speed} (throttled)") for name, speed in self.plan.links.items()}
-        return {name: text.removeprefix(name).strip() for name, text in labels.items()}
+        out = {name: text.removeprefix(name).strip() for name, text in labels.items()}
+        for block in self.plan.block:
+            for name in dict.fromkeys(name for links in block.links for name in links):
+                speeds = " and ".join(links[name] for links in block.links if name in links)
+                out.setdefault(name, f"throttled to {speeds} in block {block.name}")
+        return out
 
 
 def load_study(folder: StudyFolder, plan: Plan, num_left: int = 0) -> Study:

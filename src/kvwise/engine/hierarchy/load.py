@@ -129,6 +129,8 @@ class Load:
             if not self._faults:
                 return None
             block = min(self._faults)
+            if self.until and self.until[block - self.outlook.first] <= self._clock.now():
+                return Miss(MissReason.EXPIRED, block)
             wrong = self._faults[block].kind in (FaultKind.CORRUPT, FaultKind.FOREIGN)
         return Miss(MissReason.CORRUPT if wrong else MissReason.TIER_FAULT, block)
 
@@ -161,6 +163,7 @@ class Load:
             self.news.wait_for(lambda: self._layers > layer or self.broken is not None, deadline_s)
             if self._layers <= layer and self.broken is None:
                 self.broken = Fault(FaultKind.LATE, f"layer {layer} did not come within {deadline_s:g} s")
+                self._faults.setdefault(self.outlook.first, self.broken)
                 self._stopped = True
             return self.broken is None
 

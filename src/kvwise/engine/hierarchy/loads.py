@@ -239,7 +239,10 @@ class Loads:
     def _limit_by_layer(self, sequence: Seq, load: Load, num_tokens: int) -> int:
         if load.broken is not None or not self._may_compute(load):
             return 0
-        end = None if self._has_expired(load) else load.join()
+        expired = self._has_expired(load)
+        if expired:
+            sequence.metrics.miss = str(Miss(MissReason.EXPIRED, load.outlook.first))
+        end = None if expired else load.join()
         if end is None:
             self._finish(sequence, load)  # no layer will come: no step may wait for one
         elif end * self._size > sequence.num_computed:
@@ -301,6 +304,20 @@ class Loads:
             if load.broken is not None:
                 self._take_back(sequence, load)
             self._leave(load)
+
+    def stop_purged(self) -> None:
+        """Blocks were purged: what is loaded from such is for its request alone from now on, and no more is loaded."""
+        for sequence, load in self._loads.items():
+            assert sequence.row is not None
+            if any(self._is_purged(block) for block in load.stored):
+                self._cache.keep_private(sequence.row)
+                load.stop()
+
+    def _is_purged(self, block: StoredBlock) -> bool:
+        tier = block.tiers[block.best]
+        assert tier is not None
+        miss = self.hierarchy.tiers[tier].miss(self.hierarchy.record_key(block.key, block.best), 0)
+        return miss is not None and miss.reason is MissReason.PURGED
 
     def _take_back(self, sequence: Seq, load: Load) -> None:
         """What was loaded is worth nothing: the request starts over, and was served none of it."""

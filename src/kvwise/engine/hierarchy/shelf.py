@@ -1,4 +1,4 @@
-"""A tier opened without an engine: its records as headers, for the command line and for whoever looks after a folder."""
+"""A tier opened without an engine: its records by their headers, and the pins beside them."""
 
 import heapq
 import os
@@ -110,7 +110,7 @@ class Shelf:
 
     def pin(self, keys: Iterable[bytes], until: float = inf) -> None:
         """Keep records from eviction and purge until `until`, Unix seconds; live servers notice within a second."""
-        self._pin_file().change({key: until for key in keys})
+        self._pin_file().change(dict.fromkeys(keys, until))
 
     def unpin(self, keys: Iterable[bytes]) -> int:
         """End pins; the number ended."""

@@ -51,6 +51,8 @@ class Storing:
         if not last_call and not most:
             return
         wanted = self._hierarchy.wanted(keys if last_call else keys[:most])
+        # What a purge took from the device, though the request still uses it, goes no further down.
+        wanted = [one and self._cache.is_stored(key) for one, key in zip(wanted, keys, strict=False)]
         sequence.num_offered = first + len(wanted)
         for start, stop in _runs(wanted):
             end = min(stop, start + self._hierarchy.num_room)

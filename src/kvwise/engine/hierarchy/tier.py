@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import inf
 from threading import RLock
@@ -73,6 +74,7 @@ class Tier:
         self.read_pace = read_pace
         self.write_pace = write_pace
         self.below: Tier | None = None
+        self.banned: AbstractSet[bytes] = frozenset()  # purged: a write that was under way then keeps none of these
         self.num_stored = 0
         self.num_loaded = 0
         self.hits = 0
@@ -191,6 +193,8 @@ class Tier:
             self.index.cancel([i.entry.key for i, fault in zip(new, answers, strict=True) if fault is not None])
             written = [i.entry.key for i, fault in zip(new, answers, strict=True) if fault is None]
             unwanted = self.index.commit(written)
+            late = [key for key in written if key in self.banned]
+            unwanted += self.index.remove(late, RemovalReason.PURGED)
             self.num_stored += len(written) - len(unwanted)
             kept = [self.index.get(item.entry.key) is not None for item in items]
         self._forget_bytes([entry.key for entry in unwanted], wipe=True)
