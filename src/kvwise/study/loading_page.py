@@ -22,7 +22,9 @@ HEAD = ("place", "share", "link", "compute ms", "load ms", "best ms", "method", 
         "vs compute", "/ best", "loaded", "decided", "regret ms")  # fmt: skip
 FIXED = HEAD[:6]
 NUMERIC = (1, 3, 4, 5, 7, 8, 9, 10, 11, 13)
-SPEED_UPS = "Speed-ups of the time to the first token, against loading only \\ computing only. Red: more than a chunk behind."
+SPEED_UPS = (
+    "Speed-ups of the time to the first token, against loading only \\ computing only. Red: more than a chunk behind."
+)
 PAPER_HEAD = ("where", "what", "paper", "here")
 
 

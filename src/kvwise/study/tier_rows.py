@@ -39,7 +39,7 @@ def tier_columns(drive: Drive) -> dict[str, Any]:
         return {}
     before = {name: cast(TierStats, tier) for name, tier in drive.first.tiers.items()}
     after = {name: cast(TierStats, tier) for name, tier in drive.last.tiers.items()}
-    hits = {name: tier.hits for name, tier in after.items()}
+    hits = {name: tier.hits - before[name].hits for name, tier in after.items()}
     misses = {name: tier.misses - before[name].misses for name, tier in after.items()}
     asked = {name: hits[name] + misses[name] for name in after}
     tokens = drive.last.prefix_queries - drive.first.prefix_queries
