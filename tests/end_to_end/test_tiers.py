@@ -71,7 +71,9 @@ def test_every_tier_and_method(patient: Serve, plain: Reference, tmp_path: Path,
     # Some find their start on the device, where another has just brought it; none computes all of it.
     assert all(o.attestation.tokens_loaded + o.attestation.tokens_reused for o in came)
     assert sum(loaded(came)) > 200
-    assert all(o.attestation.did[method.partition("(")[0]] == o.attestation.tokens_loaded for o in came if loaded([o])[0])
+    assert all(
+        o.attestation.did[method.partition("(")[0]] == o.attestation.tokens_loaded for o in came if loaded([o])[0]
+    )
     assert loaded([outputs[1], outputs[-1]]) == [0, 0]
     require_idle(engine)
 
@@ -124,7 +126,8 @@ def test_windows_and_other_positions(
     store(engine, many, greedy(NUM_TOKENS))
     outputs = run(engine, many, greedy(NUM_TOKENS))
     answered(plain(architecture), many, outputs)
-    assert all(loaded(outputs))
+    if "chunk=32" not in method or "enable_chunked_prefill" not in settings:  # else one step may compute it all
+        assert all(loaded(outputs))
     require_idle(engine)
 
 
@@ -262,7 +265,9 @@ def test_another_process_over_the_same_folder(patient: Serve, plain: Reference, 
     for prompt, (tokens, num_loaded) in zip(many, child(), strict=True):
         plain("llama").answer(prompt, NUM_TOKENS).require(tokens)
         assert num_loaded == 0
-    engine = patient("llama-tiny", "full+prefix+cake(chunk=32)", tiers=[tier], max_num_batched_tokens=24, max_num_seqs=4)
+    engine = patient(
+        "llama-tiny", "full+prefix+cake(chunk=32)", tiers=[tier], max_num_batched_tokens=24, max_num_seqs=4
+    )
     outputs = run(engine, many, greedy(NUM_TOKENS))
     answered(plain("llama"), many, outputs)
     assert loaded(outputs)[0] > 0

@@ -1,6 +1,6 @@
 """Random operations on one tier's book against plain dicts that know what must be there, and what may leave."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import inf
 
@@ -78,7 +78,8 @@ class TierIndexMachine(RuleBasedStateMachine):
         self.must_grant(entries, granted)
         for entry in victims:
             kept = self.here.pop(entry.key)
-            assert kept.entry == entry
+            left = replace(kept.entry.terms, expires_at=min(kept.entry.terms.expires_at, kept.deadline))
+            assert entry == kept.entry._replace(terms=left)
             assert self.may_leave(entry.key, kept), "a held or pinned entry was a victim"
             self.gone[entry.key] = "evicted"
             self.num_evicted += 1

@@ -110,6 +110,10 @@ class Expiry(Deadlines):
             self._idle_s[slots] = idle_s
             self.set(slots, at)
 
+    def ends_of(self, slots: Blocks) -> Floats:
+        """The moments beyond which no hit prolongs `slots`, in seconds; infinity: never."""
+        return self._ends[slots]
+
     def hit(self, slots: Blocks, now: float) -> None:
         """The idle time of `slots` starts anew; what is due already stays so."""
         if self.soonest < np.inf:

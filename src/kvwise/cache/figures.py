@@ -1,7 +1,10 @@
 """Figures of the device pool: what is where, what was evicted, why prompts missed."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import inf
+
+import numpy as np
 
 from kvwise.cache.events import Event
 from kvwise.cache.identity import PrefixKeys
@@ -60,6 +63,13 @@ class Figures:
         at = self._store.lifecycle.expiry.at
         return [inf if block is None else float(at[block]) for block in found]
 
+    def terms_of(self, keys: Sequence[bytes]) -> list[Terms | None]:
+        """What each published block is kept under, with its own end where it came from a lower tier; None: not here."""
+        found = list(map(self._store.index.find, keys))
+        ends = self._store.lifecycle.expiry.ends_of(np.array([b for b in found if b is not None], np.int64)).tolist()
+        left = iter(ends)
+        return [None if block is None else _at_most(self._store.terms[block], next(left)) for block in found]
+
     def is_stored(self, key: bytes) -> bool:
         """Whether a block is published under `key`, even if it is due to expire."""
         return self._store.index.find(key) is not None
@@ -85,3 +95,7 @@ class Figures:
             num_sequences=self._rows.num_live,
             num_held=self._store.num_held,
         )
+
+
+def _at_most(terms: Terms, end: float) -> Terms:
+    return terms if terms.expires_at <= end else replace(terms, expires_at=end)

@@ -1,6 +1,7 @@
 """Residency: the book of one tier below the device - which blocks are there, until when, and who may leave."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import inf
 
@@ -291,6 +292,8 @@ class TierIndex:
             return []
         ids = slots.tolist()
         gone = self._entries_at(ids)
+        if reason is RemovalReason.EVICTED and self._expiry.soonest < inf:
+            gone = list(map(_until, gone, self._expiry.at[slots].tolist()))
         keys = [entry.key for entry in gone]
         for key in keys:
             del self._slot_of[key]
@@ -312,6 +315,13 @@ class TierIndex:
         self._doomed.difference_update(doomed)
         self._free(slots)
         return entries
+
+
+def _until(entry: Entry, deadline: float) -> Entry:
+    """The entry as it leaves: wherever it goes, nobody having used it, it has no more time than it had."""
+    if deadline >= entry.terms.expires_at:
+        return entry
+    return entry._replace(terms=replace(entry.terms, expires_at=deadline))
 
 
 def _wanted(entry: Entry) -> tuple[int, str]:

@@ -71,6 +71,11 @@ class RawRecord(Sequence[Buffer]):
         return self.pieces[index]
 
 
+def num_bytes_of(pieces: Sequence[Buffer]) -> int:
+    """Bytes of a whole record, without digesting a raw one for it."""
+    return pieces.num_bytes if isinstance(pieces, RawRecord) else sum(memoryview(piece).nbytes for piece in pieces)
+
+
 def seal_block(codec: Codec, level: int, header: Header, keys: Tensor, values: Tensor) -> Sequence[Buffer]:
     """The pieces of the record of one block: keys, values [L, H, block_size, D]. See `seal_blocks`."""
     return seal_blocks(codec, level, [header], keys[None], values[None], [0])[0]

@@ -10,7 +10,7 @@ import torch
 
 from kvwise.core.errors import CapacityError, InvariantError
 from kvwise.tiers.base import Buffer, Extent, Fault, FaultKind
-from kvwise.tiers.blocks import RawRecord, write_raw
+from kvwise.tiers.blocks import RawRecord, num_bytes_of, write_raw
 from kvwise.tiers.memory import allocate
 from kvwise.tiers.record import ALIGNMENT, padded
 from kvwise.tiers.scratch import Scratch
@@ -57,7 +57,7 @@ class HostStore:
 
     def write(self, records: Sequence[tuple[bytes, Sequence[Buffer]]]) -> list[Fault | None]:
         """See `ByteStore.write`. FULL if there is too little room; an older record of the key is then gone."""
-        sizes = [_num_bytes(pieces) for _, pieces in records]
+        sizes = [num_bytes_of(pieces) for _, pieces in records]
         with self._mutex:
             memory = self._memory
             taken = self._take_together(sizes) or [
@@ -209,12 +209,6 @@ class HostStore:
         whole = self._scratch.place(place.num_bytes)
         _pour(_views(memory, place), iter([whole]))
         return whole[start:stop].toreadonly()
-
-
-def _num_bytes(pieces: Sequence[Buffer]) -> int:
-    if isinstance(pieces, RawRecord):
-        return pieces.num_bytes
-    return sum(memoryview(piece).nbytes for piece in pieces)
 
 
 def _views(memory: memoryview, place: _Place) -> Iterator[memoryview]:

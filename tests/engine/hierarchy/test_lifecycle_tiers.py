@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvwise.cache.misses import RemovalReason
 from kvwise.cache.scopes import Scope
 from kvwise.cache.ttl import Ttl
 from kvwise.core.clock import VirtualClock
@@ -139,11 +140,46 @@ def test_what_comes_back_keeps_the_rest_of_its_time(start: Serve, clock: Virtual
     assert came(ask(engine)) == (0, 0)
 
 
+@pytest.mark.parametrize("first", ["computed", "loaded"])
+def test_what_goes_down_for_somebody_else_keeps_its_own_time(
+    start: Serve, clock: VirtualClock, tmp_path: Path, first: str
+) -> None:
+    """A later request finds the blocks on the device and is the one that stores them."""
+    engine = start(tiers=three(tmp_path), store_after=1 if first == "loaded" else 2)
+    host, disk, _memory = hierarchy_of(engine).tiers
+    ask(engine, ttl=Ttl(absolute_s=10.0))
+    if first == "loaded":
+        leave_device(engine)
+        for tier in (host, disk):
+            tier.remove(tier.keys_where(), RemovalReason.EVICTED, wipe=False)
+    else:
+        assert below(engine, PROMPT) == 0
+    clock.advance(5.0)
+    assert sum(came(ask(engine))) == LOADED  # without a time to live of its own
+    leave_device(engine)
+    assert len(disk.index) == BLOCKS
+    clock.advance(4.9)
+    assert below(engine, PROMPT) == BLOCKS
+    clock.advance(0.1)
+    assert below(engine, PROMPT) == 0
+
+
+def test_a_block_pushed_down_is_no_younger_for_it(start: Serve, clock: VirtualClock, tmp_path: Path) -> None:
+    engine = start(tiers=["host(size=112KiB)", tier_text("disk", tmp_path)], offload="back")
+    store(engine, [PROMPT], greedy(2), ttl=Ttl(idle_s=10.0))
+    clock.advance(8.0)
+    store(engine, prompts(100, seed=4), greedy(2))
+    _host, disk = hierarchy_of(engine).tiers
+    assert len(disk.index) == BLOCKS
+    clock.advance(1.9)
+    assert below(engine, PROMPT) == BLOCKS
+    clock.advance(0.1)
+    assert below(engine, PROMPT) == 0
+
+
 @pytest.mark.parametrize("method", ["load", "cake(chunk=32)", "layerwise"])
 @pytest.mark.parametrize("gone", ["expired", "evicted, then expired"])
-def test_what_expires_on_its_way_up_is_not_served(
-    start: Serve, clock: VirtualClock, method: str, gone: str
-) -> None:
+def test_what_expires_on_its_way_up_is_not_served(start: Serve, clock: VirtualClock, method: str, gone: str) -> None:
     """Between look-up and arrival; also where the tier's book forgot the deadline with the entry."""
     engine = start(method)
     expected = ask(start("load")).token_ids
@@ -169,9 +205,7 @@ def test_what_expires_on_its_way_up_is_not_served(
     require_idle(engine)
 
 
-def test_an_expired_block_leaves_its_bytes_behind_nowhere(
-    start: Serve, clock: VirtualClock, tmp_path: Path
-) -> None:
+def test_an_expired_block_leaves_its_bytes_behind_nowhere(start: Serve, clock: VirtualClock, tmp_path: Path) -> None:
     engine = start(tiers=[tier_text("disk", tmp_path)])
     store(engine, [PROMPT], greedy(2), ttl=Ttl(absolute_s=10.0))
     before = _holding(tmp_path, engine)
@@ -210,7 +244,9 @@ def test_the_most_specific_time_to_live_holds(start: Serve, clock: VirtualClock)
         store(engine, [PROMPT], greedy(2), **owner)
         clock.advance(seconds - 1.0)
         again = {name: value for name, value in owner.items() if name != "ttl"}
-        keys = life.keys(PROMPT, Owner(owner.get("salt", ""), owner.get("session", ""), owner.get("scope", Scope.TENANT)))
+        keys = life.keys(
+            PROMPT, Owner(owner.get("salt", ""), owner.get("session", ""), owner.get("scope", Scope.TENANT))
+        )
         assert len(hierarchy_of(engine).find(keys.chain)) == BLOCKS, owner
         clock.advance(1.0)
         assert came(ask(engine, **again)) == (0, 0), owner
@@ -283,7 +319,7 @@ def test_a_purge_overwrites_the_bytes_of_every_tier(start: Serve, tmp_path: Path
     blocks = [index.find(key) for key in engine.lifecycle.keys(PROMPT).chain]
     samples = [device[block].numpy().tobytes()[:256] for block in blocks]
     assert all(any(sample) for sample in samples)
-    host, disk, memory = hierarchy.tiers
+    host, _disk, memory = hierarchy.tiers
     views = [memoryview(record) for record in memory.store._records.values()]
 
     def anywhere() -> dict[str, bool]:
@@ -401,7 +437,7 @@ def test_a_purge_while_a_request_loads(start: Serve, tmp_path: Path, method: str
     owner = Owner("t")
     hierarchy = hierarchy_of(engine)
     host = hierarchy.tiers[0]
-    host.remove(host.keys_where(), "evicted", wipe=False)
+    host.remove(host.keys_where(), RemovalReason.EVICTED, wipe=False)
     unruly = rig(engine, 1)
     unruly.read_gate.clear()
     engine.add_request(PROMPT, greedy(2), salt="t", request_id="a")

@@ -107,7 +107,7 @@ HEADER = header_bytes(LAYERS)
 
 @pytest.mark.parametrize("block", [0, 4, BLOCKS - 1])
 @pytest.mark.parametrize(
-    "alter, kind",
+    ("alter", "kind"),
     [
         (flipped(-1000), "corrupt"),
         (flipped(40), "corrupt"),
@@ -170,9 +170,7 @@ def test_a_bad_record_is_gone_and_stored_anew(serve: Serve, require_right: Any) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_records_deleted_between_look_up_and_read(
-    serve: Serve, require_right: Any, tmp_path: Path, kind: str
-) -> None:
+def test_records_deleted_between_look_up_and_read(serve: Serve, require_right: Any, tmp_path: Path, kind: str) -> None:
     """F12: not there, no second attempt."""
     engine = make(serve, "load", tier_text(kind, tmp_path))
     unruly = rig(engine)
@@ -250,6 +248,37 @@ def test_a_hung_tier_is_given_up_and_its_late_answer_harms_nobody(
     require_right(ask(engine, OTHER), ask(engine))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_late_answer_does_not_touch_what_was_computed_meanwhile(serve: Serve, method: str) -> None:
+    """It is wrong, too: what it leaves in the blocks would be rubbish, while the request still answers from them."""
+    clock = VirtualClock()
+    expected = run(serve("llama-tiny", "full"), [PROMPT], greedy(40))[0].token_ids
+    engine = make(serve, method, clock=clock, tier_deadline_s=5.0)
+    unruly = rig(engine)
+    unruly.read_gate.clear()
+    unruly.alter = lambda extent, view: view if isinstance(view, Fault) else memoryview(scrambled(view))
+    engine._runner._meter.engine = None
+    engine.add_request(PROMPT, greedy(40), request_id="a")
+    engine.step()
+    assert unruly.reading.wait(WITHIN_S)
+    clock.advance(5.1)
+    step_until(engine, lambda: sequence_of(engine, "a").num_outputs >= 3)
+    (load,) = loads_of(engine)._leaving
+    unruly.read_gate.set()
+    with load.news:
+        assert load.news.wait_for(lambda: load.is_over, WITHIN_S)
+    assert finish(engine)["a"].token_ids == expected
+    require_idle(engine)
+
+
+def scrambled(view: memoryview) -> bytearray:
+    """A record whose header is sound, and nothing else."""
+    data = bytearray(view)
+    for at in range(HEADER + 1, len(data), 2):
+        data[at] ^= 0x41
+    return data
+
+
 def test_a_hung_transfer_counts_once_against_its_tier(serve: Serve) -> None:
     clock = VirtualClock()
     engine = make(serve, "load", clock=clock, tier_deadline_s=5.0)
@@ -296,7 +325,7 @@ def test_a_hung_write_holds_up_nobody(serve: Serve, require_right: Any) -> None:
     for _ in range(2):
         require_right(*run(engine, [PROMPT, OTHER, COLD], greedy(NUM_TOKENS)))
         assert unruly.writing.wait(WITHIN_S)
-        assert engine.memory.cache.usage().num_referenced <= 10  # a quarter of the pool
+        assert engine.memory.cache.usage().num_referenced <= 20  # half of the pool
         engine.memory.cache.clear()
     unruly.write_gate.set()
     require_idle(engine)
@@ -567,7 +596,7 @@ def test_a_bad_layer_after_the_request_counts_on_it(serve: Serve, require_right:
         if seen[extent.key] != layer:
             return view
         if layer:  # wait until the request has joined
-            (found,) = [load for load in loads_of(engine)._loads.values()] or [None]
+            (found,) = list(loads_of(engine)._loads.values()) or [None]
             if found is not None:
                 with found.news:
                     while not found.joined:

@@ -44,7 +44,7 @@ def test_lossy_and_lossless_share_a_folder_and_nothing_else(serve: Serve, tmp_pa
             path.unlink()
 
 
-@pytest.mark.parametrize("one, other", [("load(codec=int8)", "load(codec=int4)"), (LOSSY[-2], LOSSY[-1])])
+@pytest.mark.parametrize(("one", "other"), [("load(codec=int8)", "load(codec=int4)"), (LOSSY[-2], LOSSY[-1])])
 def test_codecs_and_their_settings_are_told_apart(serve: Serve, tmp_path: Path, one: str, other: str) -> None:
     tier = tier_text("disk", tmp_path)
     with serve("llama-tiny", f"full+prefix+{one}", tiers=[tier]) as engine:
@@ -115,7 +115,7 @@ def test_another_models_dtypes_or_block_sizes_kv_is_no_hit(serve: Serve, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "mine, theirs",
+    ("mine", "theirs"),
     [
         ({"salt": "a"}, {"salt": "b"}),
         ({"salt": "a"}, {}),
@@ -138,7 +138,7 @@ def test_owners_that_do_not_share(serve: Serve, mine: dict[str, Any], theirs: di
 
 
 @pytest.mark.parametrize(
-    "mine, theirs",
+    ("mine", "theirs"),
     [
         ({"salt": "a"}, {"salt": "a", "session": "s"}),
         ({"salt": "a", "session": "s", "scope": Scope.SESSION}, {"salt": "a", "session": "s", "scope": Scope.SESSION}),

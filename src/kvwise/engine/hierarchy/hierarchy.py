@@ -18,7 +18,7 @@ from kvwise.engine.hierarchy.tier import Item, Tier, TierStats
 from kvwise.engine.hierarchy.worker import Worker
 from kvwise.policies.base import Blocks
 from kvwise.tiers.base import Buffer, Extent, Fault
-from kvwise.tiers.blocks import RawRecord, seal_blocks
+from kvwise.tiers.blocks import num_bytes_of, seal_blocks
 from kvwise.tiers.codec.base import Codec
 from kvwise.tiers.record import NO_PROBE, Header, open_record
 
@@ -208,21 +208,26 @@ class Hierarchy:
         """Blocks that may be held for storing now, beside those that are."""
         return max(0, self._most_held - self._num_held)
 
-    def save(self, offer: Offer, terms: Terms) -> None:
+    @property
+    def num_last_room(self) -> int:
+        """The same for a request that ends, whose blocks cannot be offered again: twice as many may be held."""
+        return max(0, 2 * self._most_held - self._num_held)
+
+    def save(self, offer: Offer, terms: Sequence[Terms]) -> None:
         """Write the blocks down in the background. They must be held, and are let go of by a later `poll`."""
         self._num_held += len(offer.blocks)
         self.device.ready()
         self._saver.submit(lambda: self._save(offer, terms))
 
-    def _save(self, offer: Offer, terms: Terms) -> None:
+    def _save(self, offer: Offer, terms: Sequence[Terms]) -> None:
         try:
             keys, values, places = self.device.read(offer.blocks.tolist())
             for level in range(len(self.codec.levels)):
-                headers = [self._header(offer, i, terms, level) for i in range(len(offer.blocks))]
+                headers = [self._header(offer, i, terms[i], level) for i in range(len(offer.blocks))]
                 sealed = seal_blocks(self.codec, level, headers, keys, values, places)
                 items = [
-                    self._item(header, pieces, terms)
-                    for header, pieces in zip(headers, sealed, strict=True)
+                    self._item(header, pieces, kept)
+                    for header, pieces, kept in zip(headers, sealed, terms, strict=True)
                     if header.key not in self._purged
                 ]
                 for tier in self.tiers if self._through else self.tiers[:1]:
@@ -248,9 +253,8 @@ class Hierarchy:
         )
 
     def _item(self, header: Header, pieces: Sequence[Buffer], terms: Terms) -> Item:
-        num_bytes = pieces.num_bytes if isinstance(pieces, RawRecord) else sum(memoryview(p).nbytes for p in pieces)
         owners = replace(terms, tenant=tag_text(terms.tenant), session=tag_text(terms.session))
-        return Item(Entry(header.key, num_bytes, header.depth, owners), pieces)
+        return Item(Entry(header.key, num_bytes_of(pieces), header.depth, owners), pieces)
 
     # -- ahead of time ------------------------------------------------------------------------------------------
 

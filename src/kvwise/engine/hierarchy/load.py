@@ -43,6 +43,7 @@ class Load:
         self.last_progress = self.started
         self.num_taken = 0  # blocks that stood in for computing
         self.num_bytes = 0  # read for this request, whether it was used or not
+        self._io_s = 0.0  # that this took
         self.is_over = False  # the I/O side has ended: nobody writes to the blocks any more
         self.joined = False  # by layer only: the request computes on top of layers that are still coming
         self.broken: Fault | None = None  # then: what it computed is worth nothing
@@ -222,11 +223,18 @@ class Load:
         """A chunk has come, or failed."""
         with self.news:
             self.num_bytes += num_bytes
+            self._io_s += seconds if num_bytes else 0.0
             self._under_way = None
             if num_bytes:
                 self._last = (num_bytes, seconds, self.outlook.tiers[chunk.start - self.outlook.first])
             self.last_progress = self._clock.now()
             self.news.notify_all()
+
+    def seconds_for_all(self) -> float | None:
+        """Seconds to load all stored blocks at the speed this load had; without one, as links were measured."""
+        if self.num_bytes and len(set(self.outlook.tiers)) == 1:
+            return self._io_s * sum(self.outlook.num_bytes) / self.num_bytes
+        return seconds_to_load_all(self.outlook)
 
     def end(self) -> None:
         """The I/O side leaves."""

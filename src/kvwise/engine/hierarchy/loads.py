@@ -303,6 +303,8 @@ class Loads:
             load.stop()
             if load.broken is not None:
                 self._take_back(sequence, load)
+            elif sequence.num_computed >= load.outlook.stop * self._size:
+                sequence.metrics.load = self._report(load)  # it ended with the step that finished the load
             self._leave(load)
 
     def stop_purged(self) -> None:
@@ -354,7 +356,7 @@ class Loads:
     def _report(self, load: Load) -> LoadReport:
         size, outlook = self._size, load.outlook
         actual_s = self._clock.now() - load.started
-        compute_s, load_s = estimate_both(outlook)
+        compute_s, load_s = estimate_both(outlook)[0], load.seconds_for_all()
         return LoadReport(
             decision=str(load.decision),
             tokens_loaded=load.num_taken * size,

@@ -51,17 +51,21 @@ class Storing:
         if not last_call and not most:
             return
         wanted = self._hierarchy.wanted(keys if last_call else keys[:most])
-        # What a purge took from the device, though the request still uses it, goes no further down.
-        wanted = [one and self._cache.is_stored(key) for one, key in zip(wanted, keys, strict=False)]
+        # Under the terms of whoever stored them first. What a purge took from the device, though the request still uses
+        # it, goes no further down.
+        terms = self._cache.terms_of(keys[: len(wanted)])
+        wanted = [one and kept is not None for one, kept in zip(wanted, terms, strict=True)]
         sequence.num_offered = first + len(wanted)
         for start, stop in _runs(wanted):
-            end = min(stop, start + self._hierarchy.num_room)
+            room = self._hierarchy.num_last_room if last_call else self._hierarchy.num_room
+            end = min(stop, start + room)
             self._hierarchy.num_skipped += stop - end
             if start < end:
                 blocks = self._cache.hold(sequence.row, first + start, first + end)
                 parents = [chain.chain[i - 1] if i else chain.root for i in range(first + start, first + end)]
                 self._hierarchy.save(
-                    Offer(keys[start:end], parents, first + start, blocks, chain.bare_probe), sequence.terms
+                    Offer(keys[start:end], parents, first + start, blocks, chain.bare_probe),
+                    [kept for kept in terms[start:end] if kept is not None],
                 )
 
 

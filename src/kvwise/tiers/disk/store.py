@@ -10,6 +10,7 @@ from threading import Condition, Lock
 from kvwise.core.clock import Clock, MonotonicClock
 from kvwise.core.errors import UsageError
 from kvwise.tiers.base import Buffer, Extent, Fault, FaultKind
+from kvwise.tiers.blocks import num_bytes_of
 from kvwise.tiers.disk.folder import Folder, Handles
 from kvwise.tiers.disk.index import Index
 from kvwise.tiers.disk.janitor import Janitor
@@ -92,7 +93,7 @@ class DiskStore:
         with self._call() as fault:
             if fault or not records:
                 return [fault for _ in records]
-            items = [(key, pieces, sum(memoryview(piece).nbytes for piece in pieces)) for key, pieces in records]
+            items = [(key, pieces, num_bytes_of(pieces)) for key, pieces in records]
             with self._writing:
                 if self._write_fault and self._clock.now() < self._write_again_at:
                     return [self._write_fault for _ in records]

@@ -9,6 +9,7 @@ from threading import Lock
 import numpy as np
 
 from kvwise.tiers.base import Buffer
+from kvwise.tiers.blocks import RawRecord, write_raw
 from kvwise.tiers.disk.buffers import aligned
 from kvwise.tiers.disk.folder import Folder
 from kvwise.tiers.disk.index import Index
@@ -89,11 +90,24 @@ class Writer:
         return places, error
 
     def _staged(self, group: Sequence[Item]) -> Iterator[memoryview]:
-        """The bytes of the records, each padded to a page, in memory a direct write takes; whole pages at a time."""
+        """The bytes of the records, each padded to a page, in memory a direct write takes; whole pages at a time.
+
+        Raw records are written there many at once, copied and digested in one pass that holds up no Python.
+        """
         if self._stage is None:
             self._stage = aligned(_STAGE_BYTES)
         stage, fill = self._stage, 0
+        raw: list[tuple[RawRecord, memoryview]] = []
         for _, pieces, length in group:
+            if isinstance(pieces, RawRecord) and pages(length) <= _STAGE_BYTES:
+                if fill + pages(length) > _STAGE_BYTES:
+                    _write_raw(raw)
+                    yield stage[:fill]
+                    fill = 0
+                raw.append((pieces, stage[fill : fill + length]))
+                stage[fill + length : fill + pages(length)] = bytes(pages(length) - length)
+                fill += pages(length)
+                continue
             for piece in (*pieces, bytes(pages(length) - length)):
                 rest = memoryview(piece)
                 rest = rest if rest.nbytes == 0 else rest.cast("B")
@@ -103,8 +117,10 @@ class Writer:
                     fill += count
                     rest = rest[count:]
                     if fill == _STAGE_BYTES:
+                        _write_raw(raw)
                         yield stage
                         fill = 0
+        _write_raw(raw)
         if fill:
             yield stage[:fill]
 
@@ -159,3 +175,10 @@ def _copy(target: memoryview, source: memoryview) -> None:
         target[:] = source
     else:
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def _write_raw(raw: list[tuple[RawRecord, memoryview]]) -> None:
+    """Write what is waiting into its places, and forget it."""
+    if raw:
+        write_raw([record for record, _ in raw], [target for _, target in raw])
+        raw.clear()
