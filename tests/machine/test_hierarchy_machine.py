@@ -35,9 +35,9 @@ from tests.engine.runs import finish, greedy, prompts
 
 SIZE = 16
 BLOCK_BYTES = 2 * 4 * 2 * SIZE * 16 * 4
-LENGTHS = (20, 40, 70)
+LENGTHS = (40, 40, 70)
 METHODS = ("load(chunk=16)", "cake(chunk=16)", "layerwise")
-SALTS = ("", "a")
+SALTS = ("", "", "a")
 OFF = Fault(FaultKind.OFF, "this process has ended")
 
 
@@ -107,9 +107,11 @@ class HierarchyMachine(RuleBasedStateMachine):
 
     @rule(
         text=st.integers(0, 2), length=st.sampled_from(LENGTHS), salt=st.sampled_from(SALTS),
-        ttl=st.sampled_from([inf, inf, 5.0, 20.0]), idle=st.sampled_from([inf, inf, 3.0]),
+        ttl=st.sampled_from([inf, 5.0, 20.0]), idle=st.sampled_from([inf, inf, 3.0]), away=st.booleans(),
     )  # fmt: skip
-    def serve(self, text: int, length: int, salt: str, ttl: float, idle: float) -> None:
+    def serve(self, text: int, length: int, salt: str, ttl: float, idle: float, away: bool) -> None:
+        if away:
+            self.leave_the_device()
         now, engine = self.clock.now(), self.opened()
         logits, output = ask(engine, text, length, salt=salt, ttl=Ttl(ttl, idle))
         assert torch.allclose(logits, expected(text, length), atol=1e-4)
@@ -122,6 +124,14 @@ class HierarchyMachine(RuleBasedStateMachine):
         hits = did.tokens_reused if self.method.startswith("cake") else did.tokens_reused + did.tokens_loaded
         for key in chain[hits // SIZE :]:  # computed, or nobody knows; an idle time slides: nothing is said of it here
             self.until[key] = max(self.until.get(key, -inf), now + ttl)
+
+    @rule(text=st.integers(0, 2), ttl=st.sampled_from([5.0, 20.0]), seconds=st.sampled_from([3.0, 5.0, 20.0]))
+    def come_back(self, text: int, ttl: float, seconds: float) -> None:
+        """Stored for a while, used by somebody who asks for no end, and once more later."""
+        self.serve(text, 70, "", ttl, inf, away=False)
+        self.serve(text, 70, "", inf, inf, away=True)
+        self.clock.advance(seconds)
+        self.serve(text, 70, "", inf, inf, away=False)
 
     @rule()
     def settle_down(self) -> None:
@@ -230,5 +240,5 @@ class HierarchyMachine(RuleBasedStateMachine):
 
 TestHierarchy = HierarchyMachine.TestCase
 TestHierarchy.settings = settings(
-    max_examples=45, stateful_step_count=30, deadline=None, derandomize=True, database=None
+    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None
 )

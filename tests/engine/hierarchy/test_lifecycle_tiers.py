@@ -285,7 +285,10 @@ def of(session: str, salt: str = "") -> dict[str, Any]:
     return {"session": session, "salt": salt}
 
 
-def below(engine: Any, prompt: list[int], owner: Owner = Owner()) -> int:
+NOBODY = Owner()
+
+
+def below(engine: Any, prompt: list[int], owner: Owner = NOBODY) -> int:
     return len(hierarchy_of(engine).find(engine.lifecycle.keys(prompt, owner).chain))
 
 
@@ -425,6 +428,23 @@ def test_a_purge_of_blocks_on_their_way_down(start: Serve) -> None:
     ask(engine)  # and what is stored after the purge is stored
     assert Hierarchy.flush(hierarchy_of(engine), WITHIN_S)
     assert below(engine, PROMPT) == BLOCKS
+
+
+def test_a_purge_of_blocks_on_their_way_from_tier_to_tier(start: Serve, tmp_path: Path) -> None:
+    """They have left the book above and are not in that below: nothing but the purge itself tells of them."""
+    engine = start(tiers=["host(size=112KiB)", tier_text("disk", tmp_path)], offload="back")
+    store(engine, [PROMPT], greedy(2), **of("s"))
+    hierarchy, unruly = hierarchy_of(engine), rig(engine)
+    unruly.read_gate.clear()
+    ask(engine, prompts(100, seed=4)[0])
+    assert unruly.reading.wait(WITHIN_S)
+    hierarchy.flush = lambda timeout_s=0.0: Hierarchy.flush(hierarchy, 0.01)
+    engine.purge_session("s")
+    unruly.read_gate.set()
+    assert Hierarchy.flush(hierarchy, WITHIN_S)
+    keys = engine.lifecycle.keys(PROMPT).chain
+    assert not any(tier.has(key) for tier in hierarchy.tiers for key in keys)
+    check(engine)
 
 
 @pytest.mark.parametrize("method", ["load", "cake(chunk=32)", "layerwise"])
