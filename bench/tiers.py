@@ -39,6 +39,7 @@ from kvwise.tiers.host import HostStore
 from kvwise.tiers.record import Header
 from machine import CPU, write_results
 
+PARTS = ("host", "disk", "redis")
 SEED = 0
 GATE = 0.9
 BATCH = 16  # blocks
@@ -201,13 +202,17 @@ def line(row: dict[str, object]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["host", "disk", "redis"], default=["host", "disk", "redis"])
+    parser.add_argument("parts", nargs="*", metavar="{host,disk,redis}", help="all three unless given")
     parser.add_argument("--blocks", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the host part")
     parser.add_argument("--threads", type=int, default=1, help="of the host part, for both sides")
     parser.add_argument("--repeats", type=int, default=100, help="of the host part")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="of the disk part")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "tiers.json")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.parts = options.parts or list(PARTS)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part is called {min(unknown)!r}; parts: {', '.join(PARTS)}")
+    return options
 
 
 def main() -> int:
