@@ -43,8 +43,8 @@ class Header:
     and the root of the unsalted identity. `probe`: of a first block, a digest of its tokens alone, so that a miss can
     tell that another model has them; else zeros. `codec` prints codec and level. `tenant` and `session` are 16-byte
     tags of who stored it. `stored_at` and `expires_at` are Unix seconds of the wall clock (they must mean something
-    after a restart), `idle_s` the seconds it may go unused; infinity is "never". `depth` is the block's index in its chain.
-    `segments` are (length in bytes, digest).
+    after a restart), `idle_s` the seconds it may go unused; infinity is "never". `depth` is the block's index in its
+    chain. `segments` are (length in bytes, digest).
     """
 
     key: bytes
