@@ -1,7 +1,6 @@
 """Residency: the book of one tier below the device - which blocks are there, until when, and who may leave."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from math import inf
 
@@ -13,6 +12,7 @@ from kvwise.cache.misses import Ledger, Miss, MissReason, RemovalReason
 from kvwise.cache.proof import require
 from kvwise.cache.residency_check import check_keys, check_slots
 from kvwise.cache.slots import Slots
+from kvwise.cache.terms import Terms
 from kvwise.core.clock import Clock
 from kvwise.core.errors import UsageError
 from kvwise.policies.base import Blocks
@@ -321,7 +321,8 @@ def _until(entry: Entry, deadline: float) -> Entry:
     """The entry as it leaves: wherever it goes, nobody having used it, it has no more time than it had."""
     if deadline >= entry.terms.expires_at:
         return entry
-    return entry._replace(terms=replace(entry.terms, expires_at=deadline))
+    key, num_bytes, depth, terms = entry  # made anew by hand: `replace` costs three times as much, for every victim
+    return Entry(key, num_bytes, depth, Terms(deadline, terms.idle_s, terms.tenant, terms.session))
 
 
 def _wanted(entry: Entry) -> tuple[int, str]:
