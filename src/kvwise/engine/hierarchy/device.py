@@ -59,8 +59,3 @@ class DeviceBlocks:
         """What the computation has written so far may be read from now on (a GPU runs behind the program)."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._keys.device))
-
-    def wipe(self, blocks: Tensor) -> None:
-        """Overwrite the bytes of blocks int64 [n] with zeros."""
-        self._keys[blocks] = 0
-        self._values[blocks] = 0
