@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvwise.core.method import Axis, Method
+from kvwise.methods.encoding.base import Encoding
 
 
 @dataclass(frozen=True)
-class Native(Method):
+class Native(Encoding):
     """KV in the pool's own dtype (fp32, bf16 or fp16); nothing is approximated beyond that."""
 
     name: ClassVar[str] = "native"
-    axis: ClassVar[Axis] = Axis.ENCODING
     idea: ClassVar[str] = "store KV in the pool's dtype"
     paper: ClassVar[str] = "-"
     default: ClassVar[bool] = True

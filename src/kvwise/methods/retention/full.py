@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+import torch
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from kvwise.methods.retention.base import Kept, PromptView, Retention
 
 
 @dataclass(frozen=True)
@@ -19,15 +18,18 @@ class Full(Retention):
     idea: ClassVar[str] = "keep every token"
     paper: ClassVar[str] = "-"
     default: ClassVar[bool] = True
+    grows: ClassVar[bool] = True
+
+    @property
+    def drops(self) -> bool:
+        """Nothing."""
+        return False
 
     def capacity(self, num_prompt_tokens: int) -> int | None:
         """No limit."""
         return None
 
-    def keep(self, view: PromptView) -> Tensor:
-        """Never asked: there is no limit."""
-        raise AssertionError("full retention has no capacity to keep to")
-
-    def victims(self, view: DecodeView) -> Tensor:
-        """Never asked: there is no limit."""
-        raise AssertionError("full retention has no victims")
+    def keep(self, view: PromptView) -> Kept:
+        """All."""
+        mask = torch.ones((*view.shape, view.num_tokens), dtype=torch.bool, device=view.positions.device)
+        return Kept(mask)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvwise.core.method import Trait
-from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+from kvwise.methods.retention.base import DecodeView, Kept, PromptView, Retention, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,36 +40,40 @@ class H2O(Retention):
         self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
         self.require("recent", 0 <= self.recent <= 1, "0 to 1")
 
+    @property
+    def drops(self) -> bool:
+        """Unless the budget is 1."""
+        return self.budget < 1
+
     def capacity(self, num_prompt_tokens: int) -> int | None:
-        """The share of the prompt, at least two tokens; None at budget 1."""
-        return None if self.budget == 1 else max(2, int(num_prompt_tokens * self.budget))
+        """The share of the prompt, at least two tokens."""
+        return max(2, int(num_prompt_tokens * self.budget))
 
     def num_recent(self, capacity: int) -> int:
         """How many of `capacity` tokens are the latest ones; at least one, the newest token itself."""
         return max(1, int(capacity * self.recent))
 
-    def keep(self, view: PromptView) -> Tensor:
+    def keep(self, view: PromptView) -> Kept:
         """The `recent` last tokens and, of the others, those with the largest mass."""
-        assert view.mass is not None
+        assert view.mass is not None and view.capacity is not None
         if view.num_tokens <= view.capacity:
-            return torch.ones_like(view.mass, dtype=torch.bool)
+            return uniform(view, torch.ones_like(view.mass, dtype=torch.bool))
         recent = self.num_recent(view.capacity)
         older = view.num_tokens - recent
         score = self._score(view.mass, view.num_tokens - view.positions)
         heavy = score[..., :older].topk(view.capacity - recent, dim=-1).indices
         kept = torch.zeros_like(view.mass, dtype=torch.bool).scatter_(-1, heavy, True)
         kept[..., older:] = True
-        return kept
+        return uniform(view, kept)
 
-    def victims(self, view: DecodeView) -> Tensor:
-        """The token with the least mass outside the latest `recent`."""
+    def worth(self, view: DecodeView) -> Tensor:
+        """The mass; the latest `recent` must stay."""
         assert view.mass is not None
         # In double precision, as `num_recent` counts: in single 100 * 0.29 would be 29.
-        recent = (view.capacity.double() * self.recent).int().clamp(min=1)
+        recent = (view.limit.double() * self.recent).int().clamp(min=1)
         num_tokens = view.num_tokens[:, None, None, None]
-        protected = (view.positions >= num_tokens - recent[:, None, None, None]) | ~view.used
         score = self._score(view.mass, num_tokens - view.positions)
-        return score.masked_fill(protected, torch.inf).argmin(-1)
+        return score.masked_fill(view.positions >= num_tokens - recent[..., None], torch.inf)
 
     def _score(self, mass: Tensor, num_rows: Tensor) -> Tensor:
         """What tokens are ranked by; `num_rows` (broadcast to the mass) could see each of them."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvwise.core.method import Trait
-from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+from kvwise.methods.retention.base import DecodeView, Kept, PromptView, Retention, uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,23 +40,29 @@ class Random(Retention):
         self.require("seed", 0 <= self.seed <= _MASK, f"0 to {_MASK}")
         self.require("recent", self.recent >= 1, "at least 1")
 
-    def capacity(self, num_prompt_tokens: int) -> int | None:
-        """The share of the prompt, at least one token; None at budget 1."""
-        return None if self.budget == 1 else max(1, int(num_prompt_tokens * self.budget))
+    @property
+    def drops(self) -> bool:
+        """Unless the budget is 1."""
+        return self.budget < 1
 
-    def keep(self, view: PromptView) -> Tensor:
+    def capacity(self, num_prompt_tokens: int) -> int | None:
+        """The share of the prompt, at least one token."""
+        return max(1, int(num_prompt_tokens * self.budget))
+
+    def keep(self, view: PromptView) -> Kept:
         """The latest `recent` tokens and, of the others, those with the best priorities."""
+        assert view.capacity is not None
         recent = min(self.recent, view.capacity)
         priority = priorities(self.seed, view.positions.expand(*view.shape, -1))
         priority = priority.masked_fill(view.positions >= view.num_tokens - recent, _MASK + 1)
         best = priority.topk(min(view.capacity, view.num_tokens), dim=-1).indices
-        return torch.zeros_like(priority, dtype=torch.bool).scatter_(-1, best, True)
+        return uniform(view, torch.zeros_like(priority, dtype=torch.bool).scatter_(-1, best, True))
 
-    def victims(self, view: DecodeView) -> Tensor:
-        """The token with the worst priority outside the latest `recent`."""
-        first_recent = view.num_tokens - view.capacity.clamp(max=self.recent)
-        protected = (view.positions >= first_recent[:, None, None, None]) | ~view.used
-        return priorities(self.seed, view.positions).masked_fill(protected, _MASK + 1).argmin(-1)
+    def worth(self, view: DecodeView) -> Tensor:
+        """The priority; the latest `recent` must stay."""
+        first_recent = view.num_tokens[:, None, None] - view.limit.clamp(max=self.recent)
+        worth = priorities(self.seed, view.positions).double()
+        return worth.masked_fill(view.positions >= first_recent[..., None], torch.inf)
 
 
 def priorities(seed: int, positions: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import max_pool1d, pad
 
 from kvwise.core.method import Trait
-from kvwise.methods.retention.base import DecodeView, PromptView, Retention
+from kvwise.methods.retention.base import Kept, PromptView, Retention, Spans
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,6 @@ class SnapKV(Retention):
     idea: ClassVar[str] = "keep what the end of the prompt attends to, the end itself, and all that is generated"
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_LAST_ROWS, Trait.OWNS_PAGES, Trait.PRIVATE})
-    needs_mass: ClassVar[bool] = True
     grows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -47,32 +46,35 @@ class SnapKV(Retention):
         self.require("observed", self.observed >= 1, "at least 1")
         self.require("kernel", self.kernel >= 1, "at least 1")
 
-    def capacity(self, num_prompt_tokens: int) -> int | None:
-        """The share of the prompt, at least two tokens; None at budget 1."""
-        return None if self.budget == 1 else max(2, int(num_prompt_tokens * self.budget))
+    @property
+    def drops(self) -> bool:
+        """Unless the budget is 1."""
+        return self.budget < 1
 
-    def observed_rows(self, num_prompt_tokens: int) -> int | None:
+    def capacity(self, num_prompt_tokens: int) -> int | None:
+        """The share of the prompt, at least two tokens."""
+        return max(2, int(num_prompt_tokens * self.budget))
+
+    def observed_rows(self, num_prompt_tokens: int, spans: Spans = ()) -> int:
         """`observed`, or half the capacity if that is less."""
         capacity = self.capacity(num_prompt_tokens)
-        return self.observed if capacity is None else min(self.observed, capacity // 2)
+        assert capacity is not None
+        return min(self.observed, capacity // 2)
 
-    def keep(self, view: PromptView) -> Tensor:
+    def keep(self, view: PromptView) -> Kept:
         """The tokens with the most votes, the observed ones, and all behind the prompt."""
-        assert view.mass is not None
-        kept = torch.ones_like(view.mass, dtype=torch.bool)
+        assert view.capacity is not None
+        kept = torch.ones((*view.shape, view.num_tokens), dtype=torch.bool, device=view.positions.device)
         if view.num_prompt <= view.capacity:
-            return kept
+            return Kept(kept)
         observed = self.observed_rows(view.num_prompt)
-        assert observed is not None
-        votes = self._pooled(view.mass[..., : view.num_prompt - observed])
-        loser = votes.argsort(dim=-1, descending=True, stable=True)[..., view.capacity - observed :]
-        return kept.scatter_(-1, loser, False)
+        for layer in range(view.shape[0]):
+            votes = self._pooled(view.rows(layer).sum((1, 2))[:, : view.num_prompt - observed])
+            loser = votes.argsort(dim=-1, descending=True, stable=True)[..., view.capacity - observed :]
+            kept[layer].scatter_(-1, loser, False)
+        return Kept(kept)
 
     def _pooled(self, votes: Tensor) -> Tensor:
-        """For each token the largest of the `kernel` votes [L, H, T] around it."""
+        """For each token the largest of the `kernel` votes [H, T] around it."""
         before = self.kernel // 2
         return max_pool1d(pad(votes, (before, self.kernel - 1 - before)), self.kernel, stride=1)
-
-    def victims(self, view: DecodeView) -> Tensor:
-        """Never asked: the cache grows."""
-        raise AssertionError("snapkv keeps all that is generated")

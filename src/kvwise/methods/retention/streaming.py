@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvwise.core.method import Trait
-from kvwise.methods.retention.base import DecodeView, PromptView, Retention
-from kvwise.methods.retention.ends import keep_ends, oldest
+from kvwise.methods.retention.base import DecodeView, Kept, PromptView, Retention
+from kvwise.methods.retention.ends import keep_ends, latest_worth_most
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,16 +36,21 @@ class Streaming(Retention):
         self.require("sinks", self.sinks >= 0, "0 or more")
         self.require("window", self.window is None or self.window >= 1, "at least 1")
 
+    @property
+    def drops(self) -> bool:
+        """Unless the budget is 1 and no window is set."""
+        return self.budget < 1 or self.window is not None
+
     def capacity(self, num_prompt_tokens: int) -> int | None:
-        """Sinks plus window; None at budget 1."""
+        """Sinks plus window."""
         if self.window is not None:
             return self.sinks + self.window
-        return None if self.budget == 1 else max(self.sinks + 1, int(num_prompt_tokens * self.budget))
+        return max(self.sinks + 1, int(num_prompt_tokens * self.budget))
 
-    def keep(self, view: PromptView) -> Tensor:
+    def keep(self, view: PromptView) -> Kept:
         """The first `sinks` and as many of the last as the capacity leaves."""
         return keep_ends(view, self.sinks)
 
-    def victims(self, view: DecodeView) -> Tensor:
-        """The oldest token that is no sink."""
-        return oldest(view, self.sinks)
+    def worth(self, view: DecodeView) -> Tensor:
+        """The oldest token that is no sink leaves."""
+        return latest_worth_most(view, self.sinks)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from kvwise.core.method import Trait
-from kvwise.methods.retention.base import DecodeView, PromptView, Retention
-from kvwise.methods.retention.ends import keep_ends, oldest
+from kvwise.methods.retention.base import DecodeView, Kept, PromptView, Retention
+from kvwise.methods.retention.ends import keep_ends, latest_worth_most
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,14 +31,19 @@ class Window(Retention):
     def __post_init__(self) -> None:
         self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
 
-    def capacity(self, num_prompt_tokens: int) -> int | None:
-        """The share of the prompt, at least one token; None at budget 1."""
-        return None if self.budget == 1 else max(1, int(num_prompt_tokens * self.budget))
+    @property
+    def drops(self) -> bool:
+        """Unless the budget is 1."""
+        return self.budget < 1
 
-    def keep(self, view: PromptView) -> Tensor:
+    def capacity(self, num_prompt_tokens: int) -> int | None:
+        """The share of the prompt, at least one token."""
+        return max(1, int(num_prompt_tokens * self.budget))
+
+    def keep(self, view: PromptView) -> Kept:
         """The latest tokens."""
         return keep_ends(view, num_first=0)
 
-    def victims(self, view: DecodeView) -> Tensor:
-        """The oldest token."""
-        return oldest(view, num_first=0)
+    def worth(self, view: DecodeView) -> Tensor:
+        """The oldest token leaves."""
+        return latest_worth_most(view, num_first=0)
