@@ -68,13 +68,14 @@ class Kept:
 
     `mask` is bool [L, H, T]. `limit` int [L, H] is how many tokens each head may hold while decoding (None: the cache
     grows with the output). `marks` float32 [L, H] is what the method wants to see of this request in every
-    `DecodeView`.
+    `DecodeView`; `mass` float32 [L, H, T] is what each token's mass starts with there (None: that of the prompt).
     """
 
     mask: Tensor
     limit: Tensor | None = None
     merge: Merge | None = None
     marks: Tensor | None = None
+    mass: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
