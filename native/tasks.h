@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace kvwise {
+#include "packed.h"
 
-enum class Storage : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace kvwise {
 
 // One segment as one (sequence, KV head) sees it: page of the i-th table entry = table[i] * page_stride + page_offset.
 struct SegmentView {
@@ -22,6 +22,16 @@ struct SegmentView {
     int64_t block_size;
     int32_t length;
     bool causal;
+    // Tokens below key_length have their keys in packed pages, those below value_length their values; the others lie at
+    // open slot token - open_base of the table above.
+    const PackedPages* packed;  // null: every token is open
+    const int32_t* packed_table;
+    int32_t key_length;
+    int32_t value_length;
+    int32_t open_base;
+    const int32_t* key_channels;      // of the query, for packed keys of fewer; null: all
+    const int32_t* packed_positions;  // per packed slot page * page_tokens + row
+    float* packed_mass;
 };
 
 // What all tasks of one attend share.
@@ -33,6 +43,7 @@ struct Shape {
     int32_t window;  // 0: none
     float softcap;   // 0: none
     float scale;
+    bool exact;      // codes are read as float32 numbers, not by integer products
 };
 
 // The queries of one sequence for one KV head.
@@ -63,6 +74,8 @@ struct DecodeTask {
     float* probabilities;   // [tiles, R, kDecodeTile] relative to the maximum of their tile, null: no mass wanted
     float* tile_maximum;    // [tiles, R]
     float* scratch;         // [R, kDecodeTile + slack]
+    float* chosen_queries;  // scratch [R, padded Dk], null: nothing is packed
+    float* unpacked;        // scratch [kDecodeTile, padded max(Dk, Dv)], likewise
     Partial result;
 };
 
@@ -115,10 +128,11 @@ inline int64_t padded(int64_t n) {
     return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
 }
 
-// Number of tiles, all segments together, that a decode over so many keys visits at most (no tile is cut below 16
-// keys).
-inline int64_t decode_tiles(int64_t keys, int32_t num_segments) {
-    return keys / 16 + 2 * num_segments + 1;
+// Number of tiles, all segments together, that a decode over so many keys visits at most. No tile is cut below
+// `shortest` keys, 16 or the tokens of a shorter packed page, but where a task, a segment, packed keys or packed values
+// end.
+inline int64_t decode_tiles(int64_t keys, int32_t num_segments, int64_t shortest) {
+    return keys / shortest + 5 * num_segments + 1;
 }
 
 inline int64_t prefill_workspace(const Shape& shape) {
@@ -133,6 +147,9 @@ struct InstructionSet {
     void (*decode_mass)(const DecodeMassTask&);
     void (*prefill)(const PrefillTask&);
     void (*prefill_mass)(const PrefillMassTask&);
+    // Pack all rows of a part, or one row (of values whose rows stand alone).
+    void (*seal)(const SealTask&);
+    void (*seal_row)(const SealTask&, int64_t row);
     // Round n float32 values to the storage type.
     void (*narrow)(Storage, const float* source, void* target, int64_t n);
     // Read n floats and nothing else: what memory can deliver at most. Returns their sum.

@@ -9,13 +9,15 @@ PROMPT = list(range(13))
 
 
 @pytest.fixture
-def busy(cache):
-    """One referenced row, three idle blocks, one row with pages, one announced key."""
+def busy(make_cache):
+    """One referenced row, three idle blocks, one row with pages and packed ones, one announced key."""
+    cache = make_cache(packed_per_block=6)
     cache.release(cache.prefill(PROMPT))
     cache.prefill([70, 71, 72])
     row = cache.prefill([80, 81])
     cache.paginate(row, np.array([[1, 1], [1, 0]]))
     cache.finish_paginate(row)
+    cache.grow_packed(row, np.array([[2, 1], [1, 0]]))
     cache.start([90, 91, 92, 93, 94])
     cache.check()
     return cache
@@ -38,13 +40,40 @@ def lost_reference(cache):
 
 
 def page_without_owner(cache):
-    block = int(np.flatnonzero(cache._pool.broken)[0])
-    cache._pool.page_used[block] = True
+    block = int(np.flatnonzero(cache._pool.pages.broken)[0])
+    cache._pool.pages.page_used[block] = True
 
 
 def page_with_two_owners(cache):
-    table, _ = next((held.pages, held.counts) for held in cache._paging.rows.values())
+    table, _ = cache.page_table(next(iter(cache._paging.rows)))
     table[0, 1, 0] = table[0, 0, 0]
+
+
+def packed_page_without_owner(cache):
+    block = int(np.flatnonzero(cache._pool.packed.broken)[0])
+    cache._pool.packed.page_used[block, 5] = True
+
+
+def packed_page_with_two_owners(cache):
+    table, _ = cache.packed_table(next(iter(cache._paging.rows)))
+    table[0, 1, 0] = table[0, 0, 0]
+
+
+def broken_for_both_sizes(cache):
+    pages, packed = cache._pool.pages, cache._pool.packed
+    block = int(np.flatnonzero(pages.broken)[0])
+    packed.break_owned(np.array([block]))
+    packed.page_used[block] = False
+    packed.used[block] = 0
+
+
+def loose_packed_pages_miscounted(cache):
+    cache._pool.packed.num_loose += 1
+
+
+def packed_pages_of_a_released_row(cache):
+    row = next(iter(cache._paging.rows))
+    cache._packing.rows[7] = cache._packing.rows.pop(row)
 
 
 def index_of_wrong_block(cache):
@@ -82,6 +111,11 @@ def computed_more_than_held(cache):
         lost_reference,
         page_without_owner,
         page_with_two_owners,
+        packed_page_without_owner,
+        packed_page_with_two_owners,
+        broken_for_both_sizes,
+        loose_packed_pages_miscounted,
+        packed_pages_of_a_released_row,
         index_of_wrong_block,
         pinned_but_absent,
         policy_forgot,

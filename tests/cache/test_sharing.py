@@ -5,7 +5,7 @@ import pytest
 
 from kvwise.cache.events import AllBlocksCleared, BlocksRemoved, BlocksStored
 from kvwise.cache.terms import Terms
-from kvwise.core.errors import InvariantError
+from kvwise.core.errors import InvariantError, UsageError
 
 PROMPT = list(range(13))
 
@@ -195,3 +195,30 @@ def test_the_first_to_announce_is_the_one_to_wait_for(cache):
     cache.release(first)
     assert cache.why(PROMPT) == "never stored"
     cache.check()
+
+
+@pytest.mark.parametrize(("num_last", "hit"), [(1, 12), (2, 8), (5, 8), (6, 4), (9, 4), (10, 0), (13, 0), (99, 0)])
+def test_a_match_can_leave_more_than_one_token_to_compute(cache, num_last, hit):
+    prompt = np.arange(13)
+    cache.prefill(prompt)
+    keys = cache.keys(prompt)
+    match = cache.match(keys, 13, num_last)
+    assert match.num_tokens == hit == 4 * len(match.blocks)
+    assert hit == 0 or 13 - hit >= num_last
+    assert match.miss.reason.value == "block boundary" and match.num_pending == 0
+    row = cache.admit(match, keys, 13)
+    assert cache.reserve(row, 13)
+    cache.compute(row, 13)
+    cache.check()
+
+
+def test_what_ends_a_limited_run_earlier_is_still_named(cache):
+    prompt = np.arange(13)
+    cache.prefill(prompt[:6])
+    assert cache.match(cache.keys(prompt), 13, 5).miss.reason.value == "never stored"
+    assert cache.match(cache.keys(prompt), 13, 9).miss.reason.value == "block boundary"
+
+
+def test_a_match_that_leaves_nothing_to_compute_is_refused(cache):
+    with pytest.raises(UsageError, match="num_last is 0"):
+        cache.match(cache.keys(np.arange(4)), 4, 0)

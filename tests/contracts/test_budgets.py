@@ -19,8 +19,15 @@ WITH_BUDGET = [kind for kind in catalogue() if "budget" in kind.__dataclass_fiel
 # Options under which a budget of 1 leaves nothing out.
 EXACT: dict[str, dict[str, Any]] = {"infinigen": {"alpha": 1e9, "ratio": 1.0}}
 # Arms of one method that decide differently.
+MORE: dict[str, list[dict[str, Any]]] = {
+    "h2o": [{"normalised": True}],
+    "infinigen": [{"keep": 2}],
+    "topk": [{"keep": 1}],
+    "clusterkv": [{"update": 7, "new_clusters": 3, "nlist": 5, "keep": 0}],
+    "quest": [{"page": 4, "keep": 3}],
+}
 ARMS = [kind.build({"budget": 0.3}) for kind in WITH_BUDGET] + [
-    kind.build({"budget": 0.3, "normalised": True}) for kind in WITH_BUDGET if kind.name == "h2o"
+    kind.build({"budget": 0.3, **options}) for kind in WITH_BUDGET for options in MORE.get(kind.name, ())
 ]
 RAGGED = (1, 3, 15, 17, 33, 48, 70, 26)
 CHUNKED = {"max_num_batched_tokens": 9, "max_num_seqs": 8}
@@ -85,8 +92,12 @@ def test_the_budget_is_held_at_every_step(serve: Serve, method: Method) -> None:
 def require_budget(engine: Engine, method: Method, sequence: Any) -> None:
     """Tokens kept by every head, or of those that were read, within the share of the prompt."""
     if isinstance(method, Selection):
-        told = sequence.attestation
-        assert told.tokens_fetched <= 0.3 * told.fetch_candidates
+        told, layout = sequence.attestation, engine.memory.layout
+        readers = (layout.num_layers - method.full_layers(layout.num_layers)) * layout.num_kv_heads
+        steps = sequence.num_computed - sequence.num_prompt
+        since = readers * sum(range(steps)) if method.grows else 0  # read whatever the budget is of the others
+        assert told.fetch_candidates == readers * sum(sequence.num_prompt + step for step in range(steps))
+        assert told.tokens_fetched <= 0.3 * (told.fetch_candidates - since) + since
         return
     assert isinstance(method, Retention)
     allowed = int(sequence.num_prompt * 0.3) + (sequence.num_computed - sequence.num_prompt if method.grows else 0)

@@ -1,10 +1,13 @@
 """Random operations on the cache against a plain model that holds the bytes: nothing leaks, nothing is overwritten.
 
 The model keeps one number per slot of every page (which token, in which context, for which lane), writes it where the
-engine would, and after every step reads all live sequences back. What is matchable it learns from the events alone.
+engine would, and after every step reads all live sequences back. Packed pages are two slots each, in the same memory,
+and hold a stamp of their own. What is matchable it learns from the events alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count as count_up
 from math import inf
 
 import numpy as np
@@ -22,6 +25,7 @@ from kvwise.core.errors import CapacityError
 from kvwise.policies.catalogue import make_policy
 
 NUM_BLOCKS, LANES, SIZE, ROWS, LONGEST = 14, 4, 4, 6, 36
+PACKED = 8  # packed pages a block
 SALTS = ("", "", "", "a")
 QUOTAS = {"a": 3}  # published blocks; a salt's tenant has its name
 
@@ -33,7 +37,8 @@ TEXTS[2, :5] = TEXTS[0, :5]
 
 @dataclass
 class Sequence:
-    """What the engine knows of one row; `kept` [lane] lists the positions a row with pages still has."""
+    """What the engine knows of one row; `kept` [lane] lists the positions a row with pages still has, `packed` [lane]
+    the stamps of its packed pages."""
 
     tokens: list[int]
     salt: str
@@ -41,6 +46,7 @@ class Sequence:
     terms: Terms = NO_LIMIT
     limits: dict[int, float] = field(default_factory=dict)
     kept: list[list[int]] | None = None
+    packed: list[list[int]] = field(default_factory=lambda: [[] for _ in range(LANES)])
 
     def content(self, position: int, lane: int) -> int:
         """What the bytes of this position and lane must be: they depend on all tokens up to it."""
@@ -74,8 +80,11 @@ class CacheMachine(RuleBasedStateMachine):
             policy=make_policy("lru", NUM_BLOCKS),
             clock=self.clock,
             quotas=QUOTAS,
+            packed_per_block=PACKED,
         )
         self.bytes = np.zeros((NUM_BLOCKS * LANES, SIZE), np.int64)
+        self.packed_bytes = self.bytes.reshape(NUM_BLOCKS * PACKED, -1)
+        self.stamps = count_up(1)
         self.live: dict[int, Sequence] = {}
         self.stored: dict[bytes, int] = {}
         self.kept_until: dict[bytes, Terms] = {}
@@ -93,12 +102,13 @@ class CacheMachine(RuleBasedStateMachine):
         salt=st.sampled_from(SALTS),
         ttl=st.sampled_from([inf, inf, 3.0, 8.0]),
         idle=st.sampled_from([inf, inf, 2.0, 4.0]),
+        num_last=st.sampled_from([1, 1, 6]),
     )
-    def admit(self, text: int, length: int, salt: str, ttl: float, idle: float) -> None:
+    def admit(self, text: int, length: int, salt: str, ttl: float, idle: float, num_last: int) -> None:
         tokens = TEXTS[text, :length].tolist()
         keys = self.cache.keys(np.array(tokens), salt)
-        match = self.cache.match(keys, length)
-        assert match.num_tokens == len(match.blocks) * SIZE == self.expected_hit(keys, length)
+        match = self.cache.match(keys, length, num_last)
+        assert match.num_tokens == len(match.blocks) * SIZE == self.expected_hit(keys, length, num_last)
         terms = Terms(self.clock.now() + ttl, idle, salt)
         row = self.cache.admit(match, keys, length, terms=terms)
         self.live[row] = Sequence(tokens, salt, match.num_tokens, terms)
@@ -155,8 +165,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.release(twin)
 
     @precondition(lambda self: self.whole())
-    @rule(data=st.data(), aborted=st.booleans())
-    def paginate(self, data: st.DataObject, aborted: bool) -> None:
+    @rule(data=st.data(), aborted=st.booleans(), packs=st.booleans())
+    def paginate(self, data: st.DataObject, aborted: bool, packs: bool) -> None:
         row = data.draw(st.sampled_from(self.whole()))
         sequence = self.live[row]
         num_blocks = int(self.cache.num_blocks[row])
@@ -169,6 +179,9 @@ class CacheMachine(RuleBasedStateMachine):
             return
         blocks = self.cache.tables[row, :num_blocks].tolist()
         self.verify_bytes(without=row)
+        if packs:  # from the old table, which must still be whole when `compact` reads it
+            self.pack(row, [1, 2, 0, 1])
+            self.cache.check()
         if aborted:
             self.cache.check()
             self.release(row)
@@ -195,6 +208,47 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.trim_pages(row, fewer)
         kept = self.live[row].kept
         self.live[row].kept = [line[: n * SIZE] for line, n in zip(kept, fewer.flat, strict=True)]
+
+    @precondition(lambda self: self.paged())
+    @rule(
+        data=st.data(),
+        dropped=st.lists(st.integers(0, 2), min_size=LANES, max_size=LANES),
+        wanted=st.lists(st.integers(0, 4), min_size=LANES, max_size=LANES),
+    )
+    def shift_pages(self, data: st.DataObject, dropped: list[int], wanted: list[int]) -> None:
+        row = data.draw(st.sampled_from(self.paged()))
+        before, counts = self.cache.page_table(row)
+        gone = np.minimum(dropped, counts.reshape(-1))
+        room = self.cache.usage().num_pages_loose + self.cache.num_available * LANES
+        pages = self.cache.shift_pages(row, gone.reshape(2, 2), np.array(wanted).reshape(2, 2))
+        assert (pages is not None) == (sum(wanted) - int(counts.sum()) <= room)
+        if pages is None:
+            assert self.cache.page_table(row)[0] is before
+            return
+        kept = self.live[row].kept
+        self.live[row].kept = [
+            line[n * SIZE : (n + most) * SIZE] for line, n, most in zip(kept, gone.tolist(), wanted, strict=True)
+        ]
+
+    @precondition(lambda self: self.paged())
+    @rule(data=st.data(), add=st.lists(st.integers(0, 5), min_size=LANES, max_size=LANES))
+    def grow_packed(self, data: st.DataObject, add: list[int]) -> None:
+        self.pack(data.draw(st.sampled_from(self.paged())), add)
+
+    @precondition(lambda self: self.with_packed())
+    @rule(data=st.data(), keeps=st.sampled_from([lambda i: i % 2 == 1, lambda i: i < 1, lambda i: i >= 2]))
+    def drop_packed(self, data: st.DataObject, keeps: Callable[[int], bool]) -> None:
+        row = data.draw(st.sampled_from(self.with_packed()))
+        sequence = self.live[row]
+        tables, counts = self.cache.packed_table(row)
+        assert counts.reshape(-1).tolist() == [len(line) for line in sequence.packed]
+        lanes = data.draw(st.sets(st.integers(0, LANES - 1), min_size=1))
+        gone = np.zeros((LANES, tables.shape[-1]), np.bool_)
+        for lane in lanes:
+            line = sequence.packed[lane]
+            gone[lane, : len(line)] = [not keeps(i) for i in range(len(line))]
+            sequence.packed[lane] = [stamp for i, stamp in enumerate(line) if keeps(i)]
+        self.cache.drop_packed(row, gone.reshape(tables.shape))
 
     @precondition(lambda self: self.whole() and len(self.holds) < 2)
     @rule(data=st.data())
@@ -296,6 +350,8 @@ class CacheMachine(RuleBasedStateMachine):
         }
         usage = self.cache.usage()
         assert usage.num_sequences == len(self.live)
+        assert usage.num_packed_held == sum(len(line) for row in self.live.values() for line in row.packed)
+        assert usage.num_packed_used + usage.num_packed_loose == len(self.packed_blocks()) * PACKED
         assert usage.num_held == len({block for held in self.holds for block in held.blocks.tolist()})
         assert self.cache.tenant_blocks("a") == len(self.stored_by("a")) <= QUOTAS["a"]
 
@@ -316,6 +372,32 @@ class CacheMachine(RuleBasedStateMachine):
     def paged(self) -> list[int]:
         return sorted(row for row, sequence in self.live.items() if sequence.kept is not None)
 
+    def with_packed(self) -> list[int]:
+        return [row for row in self.paged() if any(self.live[row].packed)]
+
+    def packed_blocks(self) -> set[int]:
+        return {int(page) // PACKED for row in self.paged() for line in self.packed_pages(row) for page in line}
+
+    def packed_pages(self, row: int) -> list[np.ndarray]:
+        tables, counts = self.cache.packed_table(row)
+        lines = tables.reshape(LANES, tables.shape[-1])
+        return [line[:n] for line, n in zip(lines, counts.flat, strict=True)]
+
+    def pack(self, row: int, add: list[int]) -> None:
+        """Grow by `add` packed pages a lane, and stamp them."""
+        sequence = self.live[row]
+        room = self.cache.usage().num_packed_loose + self.cache.num_available * PACKED
+        wanted = np.array([len(line) for line in sequence.packed]) + add
+        tables = self.cache.grow_packed(row, wanted.reshape(2, 2))
+        self.listen()
+        assert (tables is not None) == (sum(add) <= room)
+        if tables is None:
+            return
+        for stamps, pages in zip(sequence.packed, self.packed_pages(row), strict=True):
+            for page in pages[len(stamps) :].tolist():
+                stamps.append(-next(self.stamps))
+                self.packed_bytes[page] = stamps[-1]
+
     def unfinished(self) -> list[int]:
         return [row for row in self.whole() if self.live[row].computed < len(self.live[row].tokens)]
 
@@ -333,6 +415,7 @@ class CacheMachine(RuleBasedStateMachine):
             pages, counts = self.cache.page_table(row)
             lines = zip(pages.reshape(LANES, pages.shape[-1]), counts.flat, strict=True)
             taken |= {int(page) // LANES for line, n in lines for page in line[:n]}
+        taken |= self.packed_blocks()
         return taken | {block for held in self.holds for block in held.blocks.tolist()}
 
     def stored_by(self, tenant: str) -> list[bytes]:
@@ -341,13 +424,13 @@ class CacheMachine(RuleBasedStateMachine):
     def bytes_of(self, blocks: np.ndarray) -> np.ndarray:
         return self.bytes.reshape(NUM_BLOCKS, -1)[blocks].copy()
 
-    def expected_hit(self, keys: PrefixKeys, length: int) -> int:
-        count = 0
-        for key in keys.chain[: (length - 1) // SIZE]:
+    def expected_hit(self, keys: PrefixKeys, length: int, num_last: int) -> int:
+        num_found = 0
+        for key in keys.chain[: max(length - num_last, 0) // SIZE]:
             if key not in self.stored or self.expiry.get(key, np.inf) <= self.clock.now():
                 break
-            count += 1
-        return count * SIZE
+            num_found += 1
+        return num_found * SIZE
 
     def reserve(self, rows: list[int]) -> list[bool]:
         lengths = np.array([len(self.live[row].tokens) for row in rows])
@@ -425,10 +508,10 @@ class CacheMachine(RuleBasedStateMachine):
                 assert isinstance(event, AllBlocksCleared)
                 assert not self.stored
 
-    def compact(self, sequence: Sequence, blocks: list[int], lane: int, pages: np.ndarray, count: int) -> list[int]:
+    def compact(self, sequence: Sequence, blocks: list[int], lane: int, pages: np.ndarray, num_pages: int) -> list[int]:
         """Keep the first and the latest tokens that fit `count` pages, moving slots strictly in order."""
         line = pages.reshape(LANES, pages.shape[-1])[lane]
-        room = min(count * SIZE, sequence.computed)
+        room = min(num_pages * SIZE, sequence.computed)
         kept = [*range(room // 3), *range(sequence.computed - (room - room // 3), sequence.computed)]
         for slot, position in enumerate(kept):
             source = blocks[position // SIZE] * LANES + lane
@@ -456,6 +539,9 @@ class CacheMachine(RuleBasedStateMachine):
                     positions = sequence.kept[lane]
                 held = self.bytes[pages].reshape(-1)[: len(positions)].tolist()
                 assert held == [sequence.content(position, lane) for position in positions]
+            if sequence.kept is not None:
+                for stamps, packed in zip(sequence.packed, self.packed_pages(row), strict=True):
+                    assert self.packed_bytes[packed].tolist() == [[stamp, stamp] for stamp in stamps]
 
 
 CacheMachine.TestCase.settings = settings(

@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +10,10 @@ import torch
 from torch import Tensor
 
 from kvwise.core.errors import UnsupportedModel
-from kvwise.engine.engine import Engine
-from kvwise.engine.placement.recall_part import RecallPart
 from kvwise.methods.selection.base import IndexShape, near
 from kvwise.methods.selection.infinigen import InfiniGen, InfiniGenIndex, skew
 from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
-from tests.methods.dense_reference import Dense
+from tests.methods.recall_spy import DenseOverChosen, RecallSpy, full_run_kv, require_rows
 
 Serve = Callable[..., Any]
 Load = Callable[[str], Any]
@@ -137,100 +133,22 @@ def test_a_dropped_row_is_forgotten() -> None:
 # -- on a running engine ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Spy:
-    """Sees every fetch and every new token's KV of an engine that serves one request at a time."""
-
-    fetched: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)  # layer, tokens, keys, values
-    new: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> keys [H, D] of decoded tokens
-
-    def watch(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> "Spy":
-        tiers = engine.memory.placement._tiers
-        begin_fetch, begin, store = tiers.begin_fetch, RecallPart._begin_fetch, RecallPart._store_new
-        pending: list[Tensor] = []
-
-        def note_choice(part: RecallPart, layer: int, chosen: list[Tensor]) -> Any:
-            pending.append(chosen[0])
-            return begin(part, layer, chosen)
-
-        def note_rows(layer: int, slots: Tensor, target: Tensor, shape: tuple[int, int]) -> "Future[Any]":
-            arrival = begin_fetch(layer, slots, target, shape)
-            staging = arrival.result()
-            rows = [t.flatten(0, 1)[target].clone() for t in (staging.keys, staging.values)]
-            self.fetched.append((layer, pending.pop(), rows[0], rows[1]))
-            return arrival
-
-        def note_new(part: RecallPart, layer: int, keys: Tensor, values: Tensor) -> None:
-            self.new.setdefault(layer, []).append(keys[0].clone())
-            store(part, layer, keys, values)
-
-        monkeypatch.setattr(RecallPart, "_begin_fetch", note_choice)
-        monkeypatch.setattr(RecallPart, "_store_new", note_new)
-        monkeypatch.setattr(tiers, "begin_fetch", note_rows)
-        return self
-
-
-def full_run_kv(serve: Serve, model: str, prompt: list[int]) -> tuple[Tensor, Tensor]:
-    """K and V [L, H, T, D] of a prompt, from an engine that keeps everything."""
-    engine = serve(model, "full")
-    name = engine.add_request(prompt, greedy(2))
-    engine.step()
-    layout, row = engine.memory.layout, sequence_of(engine, name).row
-    tokens = torch.arange(len(prompt))
-    blocks = torch.from_numpy(engine.memory.cache.tables[row].astype(np.int64))[tokens // 16]
-    pages = blocks[None, :] * layout.pages_per_block + torch.arange(layout.pages_per_block)[:, None]
-    found = [
-        arena[pages, tokens % 16].view(layout.num_layers, layout.num_kv_heads, len(prompt), -1).clone()
-        for arena in (engine.memory.arena.keys, engine.memory.arena.values)
-    ]
-    return found[0], found[1]
-
-
 @pytest.mark.parametrize("model", ["llama-tiny", "gpt2-tiny", "3m"])
 def test_fetched_rows_are_the_chosen_tokens_kv(serve: Serve, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     (prompt,) = prompts(75)
     keys, values = full_run_kv(serve, model, prompt)
     engine = serve(model, "infinigen(budget=0.4)")
-    spy = Spy().watch(engine, monkeypatch)
+    spy = RecallSpy().watch(engine, monkeypatch)
     (output,) = run(engine, [prompt], greedy(12))
     num_heads, num_layers = engine.memory.layout.num_kv_heads, engine.memory.layout.num_layers
-    assert [layer for layer, *_ in spy.fetched] == list(range(1, num_layers)) * 11  # layer 0 is read in full
-    num_new = 0
-    for number, (layer, tokens, got_keys, got_values) in enumerate(spy.fetched):
+    assert [read.layer for read in spy.reads] == list(range(1, num_layers)) * 11  # layer 0 is read in full
+    for number, read in enumerate(spy.reads):
         num_tokens = 75 + number // (num_layers - 1)
-        assert tokens.shape[0] == num_heads  # as many for each head, never more than the budget
-        assert 1 <= tokens.shape[1] <= max(1, int(0.4 * num_tokens))
-        assert all(len(set(row)) == len(row) for row in tokens.tolist())
-        got_keys, got_values = (
-            got_keys.view(num_heads, -1, keys.shape[-1]),
-            got_values.view(num_heads, -1, keys.shape[-1]),
-        )
-        for head in range(num_heads):
-            for i, token in enumerate(tokens[head].tolist()):
-                if token < 75:
-                    assert torch.equal(got_keys[head, i], keys[layer, head, token])
-                    assert torch.equal(got_values[head, i], values[layer, head, token])
-                else:
-                    assert torch.equal(got_keys[head, i], spy.new[layer][token - 75][head])
-                    num_new += 1
-    assert num_new > 0
-    assert sum(t.numel() for _, t, _, _ in spy.fetched) == output.attestation.tokens_fetched
-
-
-class DenseOverChosen(Dense):
-    """Dense attention in which a layer reads only the tokens that were fetched for it (int64 [H, n]) and the newest."""
-
-    def __init__(self, loaded: Any) -> None:
-        super().__init__(loaded)
-        self.chosen: dict[int, Tensor] = {}
-
-    def select(self, layer: int, logits: Tensor) -> Tensor:
-        if layer not in self.chosen:
-            return logits
-        chosen = self.chosen[layer].repeat_interleave(len(logits) // len(self.chosen[layer]), 0)
-        hidden = torch.ones_like(logits, dtype=torch.bool).scatter(-1, chosen[:, None], False)
-        hidden[..., -1] = False
-        return logits.masked_fill(hidden, -torch.inf)
+        assert read.tokens.shape[0] == num_heads  # as many for each head, never more than the budget
+        assert 1 <= read.tokens.shape[1] <= max(1, int(0.4 * num_tokens))
+        assert all(len(set(row)) == len(row) for row in read.tokens.tolist())
+    assert require_rows(spy, output.request_id, keys, values) > 0
+    assert sum(read.tokens.numel() for read in spy.reads) == output.attestation.tokens_fetched
 
 
 def test_attention_is_over_the_fetched_tokens_and_the_new_one(
@@ -238,7 +156,7 @@ def test_attention_is_over_the_fetched_tokens_and_the_new_one(
 ) -> None:
     (prompt,), (forced,) = prompts(70), prompts(10, seed=5)
     engine = serve("llama-tiny", "infinigen(budget=0.15)")
-    spy = Spy().watch(engine, monkeypatch)
+    spy = RecallSpy().watch(engine, monkeypatch)
     seen: list[Tensor] = []
     params = greedy(10, forced_tokens=forced)
     engine.add_request(prompt, params, observe=lambda index, step, logits: seen.append(logits.clone()))
@@ -246,7 +164,7 @@ def test_attention_is_over_the_fetched_tokens_and_the_new_one(
     dense = DenseOverChosen(load("llama-tiny"))
     expected = [dense.step(prompt)]
     for i, token in enumerate(forced[:-1]):
-        dense.chosen = {layer: tokens for layer, tokens, _, _ in spy.fetched[3 * i : 3 * i + 3]}
+        dense.chosen = {read.layer: read.tokens for read in spy.reads[3 * i : 3 * i + 3]}
         expected.append(dense.step([token]))
     torch.testing.assert_close(torch.stack(seen), torch.stack(expected), atol=2e-4, rtol=1e-4)
 

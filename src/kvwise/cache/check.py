@@ -5,13 +5,15 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 
+from kvwise.cache.lanes import Lanes, Pages
+from kvwise.cache.packing import Packing
 from kvwise.cache.paging import Paging
 from kvwise.cache.proof import require
 from kvwise.cache.store import BlockStore
 from kvwise.cache.tables import SequenceTables
 
 
-def check_conservation(store: BlockStore, tables: SequenceTables, paging: Paging) -> None:
+def check_conservation(store: BlockStore, tables: SequenceTables, paging: Paging, packing: Packing) -> None:
     """Recompute everything from the tables up and compare; InvariantError at the first difference.
 
     Cost is O(blocks + pages + rows): for tests and for `EngineConfig.check`, not for every step of a big
@@ -19,14 +21,14 @@ def check_conservation(store: BlockStore, tables: SequenceTables, paging: Paging
     """
     _check_states(store)
     _check_references(store, tables, paging)
-    _check_pages(store, paging)
+    _check_pages(store, paging, packing)
     _check_index(store)
     _check_lifecycle(store)
     _check_rows(store, tables, paging)
 
 
-def _first(bad: npt.NDArray[np.bool_]) -> str:
-    return f"block {int(np.flatnonzero(bad)[0])}" if bad.any() else "none"
+def _first(bad: npt.NDArray[np.bool_], name: str = "block") -> str:
+    return f"{name} {int(np.flatnonzero(bad)[0])}" if bad.any() else "none"
 
 
 def _check_states(store: BlockStore) -> None:
@@ -36,11 +38,10 @@ def _check_states(store: BlockStore) -> None:
     np.add.at(free, pool.free_blocks(), 1)
     referenced = pool.refs > 0
     idle = store.index.keyed & ~referenced
-    states = free + referenced + idle + pool.broken
+    states = free + referenced + idle + pool.pages.broken + pool.packed.broken
     require(bool((pool.refs >= 0).all()), f"negative reference count: {_first(pool.refs < 0)}")
     require(bool((states == 1).all()), f"not in exactly one state: {_first(states != 1)}")
     require(store.num_idle == int(idle.sum()), f"num_idle {store.num_idle} != {int(idle.sum())}")
-    require(pool.num_broken == int(pool.broken.sum()), f"num_broken {pool.num_broken} != {int(pool.broken.sum())}")
     offered = int((idle & ~store.lifecycle.pinned).sum())
     require(len(store.policy) == offered, f"policy ranks {len(store.policy)} blocks, evictable are {offered}")
 
@@ -61,26 +62,29 @@ def _check_references(store: BlockStore, tables: SequenceTables, paging: Paging)
     require(not wrong.any(), f"references differ from the tables: {_first(wrong)}")
 
 
-def _check_pages(store: BlockStore, paging: Paging) -> None:
+def _check_pages(store: BlockStore, paging: Paging, packing: Packing) -> None:
+    """Of either size, every page has exactly one owner or none; packed pages lie beside open ones."""
+    _check_lanes("page", store.pool.pages, [paging.pages_held(row) for row in paging.rows])
+    _check_lanes("packed page", store.pool.packed, [table.owned() for table in packing.rows.values()])
+    require(packing.rows.keys() <= paging.rows.keys(), "packed pages held by a row without pages")
+
+
+def _check_lanes(name: str, lanes: Lanes, held: list[Pages]) -> None:
     """Every page marked used has exactly one owner; broken blocks are those with such a page."""
-    pool = store.pool
-    owners = np.zeros(pool.num_blocks * pool.pages_per_block, np.int64)
-    for row in paging.rows:
-        np.add.at(owners, paging.pages_held(row), 1)
-    used = pool.page_used.reshape(-1)
-    require(not (owners > 1).any(), f"page {int(np.argmax(owners))} has two owners")
-    require(
-        bool((used == (owners == 1)).all()),
-        f"page {int(np.argmax(used != (owners == 1)))}: mark and owner differ",
-    )
-    per_block = pool.page_used.sum(axis=1)
-    require(bool((per_block == pool.used).all()), f"used pages miscounted: {_first(per_block != pool.used)}")
-    require(
-        bool(((per_block > 0) == pool.broken).all()),
-        f"broken without owner: {_first((per_block > 0) != pool.broken)}",
-    )
-    loose = int((pool.pages_per_block - pool.used[pool.broken]).sum())
-    require(pool.num_loose == loose, f"num_loose {pool.num_loose} != {loose}")
+    owners = np.zeros(lanes.page_used.size, np.int64)
+    for pages in held:
+        np.add.at(owners, pages, 1)
+    used = lanes.page_used.reshape(-1)
+    require(not (owners > 1).any(), f"{_first(owners > 1, name)} has two owners")
+    wrong = used != (owners == 1)
+    require(not wrong.any(), f"{_first(wrong, name)}: mark and owner differ")
+    per_block = lanes.page_used.sum(axis=1)
+    require(bool((per_block == lanes.used).all()), f"used {name}s miscounted: {_first(per_block != lanes.used)}")
+    wrong = (per_block > 0) != lanes.broken
+    require(not wrong.any(), f"broken without a {name}'s owner: {_first(wrong)}")
+    broken, loose = int(lanes.broken.sum()), int((lanes.per_block - lanes.used[lanes.broken]).sum())
+    require(lanes.num_broken == broken, f"num_broken {lanes.num_broken} of {name}s != {broken}")
+    require(lanes.num_loose == loose, f"num_loose {lanes.num_loose} of {name}s != {loose}")
 
 
 def _check_index(store: BlockStore) -> None:

@@ -80,7 +80,7 @@ class Figures:
 
     def usage(self) -> Usage:
         """Where the blocks and pages are; O(1)."""
-        pool = self._pool
+        pool, pages, packed = self._pool, self._pool.pages, self._pool.packed
         taken = pool.num_blocks - pool.num_free
         return Usage(
             num_blocks=pool.num_blocks,
@@ -88,9 +88,12 @@ class Figures:
             num_cached=self._store.num_idle,
             num_referenced=taken - self._store.num_idle - pool.num_broken,
             num_broken=pool.num_broken,
-            num_pages=pool.num_blocks * pool.pages_per_block,
-            num_pages_used=taken * pool.pages_per_block - pool.num_loose,
-            num_pages_loose=pool.num_loose,
+            num_pages=pool.num_blocks * pages.per_block,
+            num_pages_used=(taken - packed.num_broken) * pages.per_block - pages.num_loose,
+            num_pages_loose=pages.num_loose,
+            num_packed=pool.num_blocks * packed.per_block,
+            num_packed_used=packed.num_used,
+            num_packed_loose=packed.num_loose,
             num_pinned=self._store.lifecycle.num_pinned,
             num_sequences=self._rows.num_live,
             num_held=self._store.num_held,

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from kvwise.core.errors import UsageError
 
 Tokens = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+Content = tuple[int, int, bytes]
+"""Tokens `first` to `stop` of a prompt stand for something else than text, which these bytes name (an image)."""
 _MAX_TOKEN = int(np.iinfo(np.int32).max)
 _WIRE = np.dtype("<i4")
 
@@ -52,6 +54,8 @@ class PrefixKeys:
 
     `probe` is the first block's key without the salt, `bare_probe` without the identity too: they never find a block,
     they only let a miss say "other salt" or "other model". A private prompt has no keys: it neither hits nor publishes.
+    `content`, by position, names what stands behind tokens that are placeholders: it is part of the key of every block
+    that it reaches into, so that equal placeholders of different images share nothing.
     """
 
     root: bytes
@@ -60,26 +64,39 @@ class PrefixKeys:
     probe: bytes = b""
     bare_probe: bytes = b""
     private: bool = False
+    content: tuple[Content, ...] = ()
 
     def __len__(self) -> int:
         return len(self.chain)
 
     def copy(self) -> "PrefixKeys":
         """An independent chain with the same keys."""
-        return PrefixKeys(self.root, self.unsalted_root, self.chain.copy(), self.probe, self.bare_probe, self.private)
+        return PrefixKeys(
+            self.root, self.unsalted_root, self.chain.copy(), self.probe, self.bare_probe, self.private, self.content
+        )
 
     def extend(self, tokens: Tokens, block_size: int) -> None:
         """Append the keys of the full blocks in `tokens` [T], which follow the last keyed block."""
         data = token_bytes(tokens)
         step = 4 * block_size
         parent = self.chain[-1] if self.chain else self.root
+        first = len(self.chain) * block_size
         if not self.chain and len(data) >= step:
-            self.probe = sha256(self.unsalted_root + data[:step]).digest()
-            self.bare_probe = sha256(data[:step]).digest()
+            block = data[:step] + self._shown(0, block_size)
+            self.probe = sha256(self.unsalted_root + block).digest()
+            self.bare_probe = sha256(block).digest()
         append = self.chain.append
         for start in range(0, len(data) - step + 1, step):
-            parent = sha256(parent + data[start : start + step]).digest()
+            block = data[start : start + step]
+            if self.content:
+                block += self._shown(first + start // 4, block_size)
+            parent = sha256(parent + block).digest()
             append(parent)
+
+    def _shown(self, first: int, num_tokens: int) -> bytes:
+        """What is named by `content` in the tokens from `first` on: where it begins, seen from there, and its name."""
+        reaching = [one for one in self.content if one[0] < first + num_tokens and first < one[1]]
+        return b"".join((start - first).to_bytes(8, "little", signed=True) + name for start, _, name in reaching)
 
 
 def token_bytes(tokens: Tokens) -> bytes:

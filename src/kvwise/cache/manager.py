@@ -7,9 +7,10 @@ import numpy.typing as npt
 
 from kvwise.cache.check import check_conservation
 from kvwise.cache.figures import Figures
-from kvwise.cache.identity import Identity, PrefixKeys, Tokens
+from kvwise.cache.identity import Content, Identity, PrefixKeys, Tokens
 from kvwise.cache.keeping import Keeping
 from kvwise.cache.lookup import find_match, no_match, stands
+from kvwise.cache.packing import Packing
 from kvwise.cache.paging import Paging
 from kvwise.cache.pool import BlockPool
 from kvwise.cache.sequences import Sequences
@@ -53,12 +54,15 @@ class CacheManager(Keeping, Figures):
         clock: Clock,
         max_events: int = 10_000,
         quotas: Mapping[str, int] | None = None,
+        packed_per_block: int = 0,
     ) -> None:
         sizes = (num_blocks, pages_per_block, block_size, max_sequences, max_blocks_per_sequence)
         if min(sizes) < 1:
             raise UsageError(f"blocks, pages a block, block size, rows, table length = {sizes}: each must be >= 1")
-        if num_blocks * pages_per_block > UNBOUNDED:
-            raise UsageError(f"{num_blocks} blocks of {pages_per_block} pages exceed int32: use a smaller pool")
+        if packed_per_block < 0:
+            raise UsageError(f"packed_per_block is {packed_per_block}: it must be >= 0, and 0 for no packed pages")
+        if num_blocks * (most := max(pages_per_block, packed_per_block)) > UNBOUNDED:
+            raise UsageError(f"{num_blocks} blocks of {most} pages exceed int32: use a smaller pool")
         if identity.block_size != block_size:
             raise UsageError(f"block size {block_size}, but the identity says {identity.block_size}: make them equal")
         self.block_size = block_size
@@ -68,11 +72,12 @@ class CacheManager(Keeping, Figures):
         self.clock = clock
         self.num_prefix_queries = 0  # tokens looked up by admitted requests
         self.num_prefix_hits = 0  # tokens found
-        self._pool = BlockPool(num_blocks, pages_per_block)
+        self._pool = BlockPool(num_blocks, pages_per_block, packed_per_block)
         self._store = BlockStore(self._pool, policy, clock, max_events, quotas or {})
         self._rows = SequenceTables(max_sequences, max_blocks_per_sequence)
         self._sequences = Sequences(self._store, self._rows, block_size)
         self._paging = Paging(self._store, self._rows)
+        self._packing = Packing(self._store, self._paging)
         self._unsalted_root = identity.root()
         self.tables = self._rows.tables
         self.num_blocks = self._rows.num_blocks
@@ -80,26 +85,29 @@ class CacheManager(Keeping, Figures):
 
     # -- look-up -----------------------------------------------------------------------------------
 
-    def keys(self, tokens: Tokens, salt: str | None = "") -> PrefixKeys:
+    def keys(self, tokens: Tokens, salt: str | None = "", content: tuple[Content, ...] = ()) -> PrefixKeys:
         """Chain keys of the full blocks of `tokens` [T], once per request; no keys if sharing is off.
 
-        `salt` None: the prompt is private, it neither hits nor publishes.
+        `salt` None: the prompt is private, it neither hits nor publishes. `content` names the images behind tokens.
         """
         root = self.identity.root(salt) if salt else self._unsalted_root
-        keys = PrefixKeys(root, self._unsalted_root, private=salt is None)
+        keys = PrefixKeys(root, self._unsalted_root, private=salt is None, content=content)
         if self.sharing and not keys.private:
             keys.extend(tokens, self.block_size)
         return keys
 
-    def match(self, keys: PrefixKeys, num_tokens: int) -> Match:
-        """Longest resident run of a prompt of `num_tokens` tokens; at least one token is left to compute.
+    def match(self, keys: PrefixKeys, num_tokens: int, num_last: int = 1) -> Match:
+        """Longest resident run of a prompt of `num_tokens` tokens; at least `num_last` >= 1 are left to compute.
 
-        Only looks: holds nothing until `admit`, which must follow before the manager evicts or expires
-        anything.
+        More than one where a method must see the attention rows of the prompt's last tokens. A run that goes as far
+        as that allows ends at a block boundary, whatever is resident beyond it. Only looks: holds nothing until
+        `admit`, which must follow before the manager evicts or expires anything.
         """
+        if num_last < 1:
+            raise UsageError(f"num_last is {num_last}: at least 1 token must be left to compute")
         if keys.private or not self.sharing:
             return no_match(self._store)
-        return find_match(self._store, keys, num_tokens, self.block_size)
+        return find_match(self._store, keys, max(num_tokens - num_last + 1, 1), self.block_size)
 
     # -- life of a sequence ------------------------------------------------------------------------
 
@@ -185,6 +193,7 @@ class CacheManager(Keeping, Figures):
         """Close the row: what it published stays matchable, its other blocks and pages are free."""
         self._rows.require_live(row)
         if row in self._paging.rows:
+            self._packing.release(row)
             self._paging.release(row)
         self._sequences.close(row)
 
@@ -227,14 +236,45 @@ class CacheManager(Keeping, Figures):
         """Free the last pages of the row's tables down to `num_pages` [L, H]; the tables."""
         return self._paging.trim(row, num_pages)
 
+    def shift_pages(self, row: int, num_dropped: Ints, num_pages: Ints) -> Int32 | None:
+        """Drop the first `num_dropped` [L, H] pages of each head, then grow or trim at the end to `num_pages` in total.
+
+        The tables int32 [L, H, max(num_pages)], a page that is dropped may serve as one that is added; None, and
+        nothing changed, if there is no room.
+        """
+        return self._paging.shift(row, num_dropped, num_pages)
+
     def page_table(self, row: int) -> tuple[Int32, Int32]:
         """(page tables int32 [L, H, N], counts int32 [L, H]) of a row that holds pages."""
-        held = self._paging.require(row)
-        return held.pages, held.counts
+        table = self._paging.require(row).table
+        return table.pages, table.counts
 
     def holds_pages(self, row: int) -> bool:
         """Whether the row has left its block table."""
         return row in self._paging.rows
+
+    # -- packed pages ------------------------------------------------------------------------------
+
+    def grow_packed(self, row: int, num_pages: Ints) -> Int32 | None:
+        """Give the row `num_pages` [L, H] packed pages in total -> tables int32 [L, H, M]; None, and nothing
+        changed, if no room.
+
+        For a row that holds pages, from `paginate` on: before `finish_paginate` the old block table is still readable,
+        so its tokens can be packed from there. UsageError if the row has more, or the pool no packed pages.
+        """
+        return self._packing.grow(row, num_pages)
+
+    def drop_packed(self, row: int, gone: Bools) -> Int32:
+        """Free the packed pages that are `gone`, bool [L, H, M], and close the gaps in order; the tables.
+
+        M becomes the largest count left. UsageError if `gone` names an entry beyond the row's counts.
+        """
+        return self._packing.drop(row, gone)
+
+    def packed_table(self, row: int) -> tuple[Int32, Int32]:
+        """(packed tables int32 [L, H, M], counts int32 [L, H]) of a row that holds pages; M is 0 until it grows."""
+        table = self._packing.table(row)
+        return table.pages, table.counts
 
     # -- checks -----------------------------------------------------------------------------------
 
@@ -251,4 +291,4 @@ class CacheManager(Keeping, Figures):
 
     def check(self) -> None:
         """Prove that every block and page is accounted for exactly once, else InvariantError."""
-        check_conservation(self._store, self._rows, self._paging)
+        check_conservation(self._store, self._rows, self._paging, self._packing)

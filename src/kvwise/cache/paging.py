@@ -3,39 +3,26 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from kvwise.cache.lanes import Bools, Int32
 from kvwise.cache.misses import RemovalReason
+from kvwise.cache.page_table import Ints, PageTable, require_counts, used
 from kvwise.cache.store import BlockStore
 from kvwise.cache.tables import UNBOUNDED, SequenceTables
 from kvwise.core.errors import InvariantError, UsageError
 from kvwise.policies.base import Blocks
 
-Int32 = npt.NDArray[np.int32]
-Ints = npt.NDArray[np.int32] | npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-
 
 @dataclass(slots=True)
-class PageTable:
-    """Pages of one row: `pages[l, h, i]` int32 [L, H, N] for i < `counts[l, h]`; the rest is unused.
+class Paged:
+    """What a row with pages holds.
 
     `in_place` (only until `finish`): which blocks of the row's old table were broken and are wholly this
     row's.
     """
 
-    pages: Int32
-    counts: Int32
+    table: PageTable
     in_place: Bools | None
-
-    @property
-    def lines(self) -> Int32:
-        """The table as one line per (layer, head), [L*H, N], a view (N may be 0)."""
-        return self.pages.reshape(self.counts.size, self.pages.shape[-1])
-
-    def owned(self) -> Int32:
-        """Ids of all pages in the table, in table order."""
-        return self.lines[_used(self.counts, self.pages.shape[-1])]
 
 
 class Paging:
@@ -44,11 +31,12 @@ class Paging:
     def __init__(self, store: BlockStore, tables: SequenceTables) -> None:
         self._store = store
         self._tables = tables
-        self.rows: dict[int, PageTable] = {}
+        self._lanes = store.pool.pages
+        self.rows: dict[int, Paged] = {}
 
     def paginate(self, row: int, num_pages: Ints) -> Int32 | None:
         """See `CacheManager.paginate`."""
-        self._require_shape(num_pages)
+        require_counts(num_pages, self._lanes.per_block)
         if row in self.rows:
             raise UsageError(f"row {row} already holds pages: use grow_pages or trim_pages")
         blocks = self._tables.blocks(row)
@@ -58,10 +46,10 @@ class Paging:
         self._store.withdraw(withdrawn, RemovalReason.WITHDRAWN)
         in_place = self._private(blocks)
         self._store.pool.break_owned(blocks[in_place])
-        table = self._build(blocks, in_place, num_pages)
-        self.rows[row] = PageTable(table, num_pages.astype(np.int32), in_place)
+        pages = self._build(blocks, in_place, num_pages)
+        self.rows[row] = Paged(PageTable(self._store, self._lanes, pages, num_pages), in_place)
         self._tables.capacity[row] = UNBOUNDED
-        return table
+        return pages
 
     def finish(self, row: int) -> None:
         """Free the pages the table does not use; drop the shared and published blocks."""
@@ -69,49 +57,52 @@ class Paging:
         if held.in_place is None:
             raise InvariantError(f"row {row} has no compaction under way: call paginate first")
         blocks = self._tables.blocks(row)
-        self._store.pool.free_pages(self._surplus(blocks, held))
+        broken, surplus = self._surplus(blocks, held)
+        self._store.pool.push(self._lanes.free_lanes(broken, surplus))
         self._store.let_go(blocks[~held.in_place])
         held.in_place = None
         self._tables.num_blocks[row] = 0
 
     def grow(self, row: int, num_pages: Ints) -> Int32 | None:
         """See `CacheManager.grow_pages`."""
-        held = self._require_settled(row, num_pages)
-        if np.any(num_pages < held.counts):
+        table = self._settled(row, num_pages)
+        if np.any(num_pages < table.counts):
             raise UsageError(f"grow_pages cannot shrink row {row}: use trim_pages")
-        wanted = int((num_pages - held.counts).sum())
-        if not self._room_for(wanted):
-            return None
-        width = max(int(num_pages.max(initial=0)), held.pages.shape[-1])
-        pages = np.zeros((*held.counts.shape, width), np.int32)
-        pages[..., : held.pages.shape[-1]] = held.pages
-        added = _used(num_pages, width) & ~_used(held.counts, width)
-        pages.reshape(num_pages.size, width)[added] = self._take(wanted)
-        held.pages, held.counts = pages, num_pages.astype(np.int32)
-        return pages
+        width = max(int(num_pages.max(initial=0)), table.width)
+        start = np.zeros_like(table.counts)
+        return table.pages if table.keep(start, table.counts, num_pages, width) else None
 
     def trim(self, row: int, num_pages: Ints) -> Int32:
         """See `CacheManager.trim_pages`."""
-        held = self._require_settled(row, num_pages)
-        if np.any(num_pages > held.counts):
+        table = self._settled(row, num_pages)
+        if np.any(num_pages > table.counts):
             raise UsageError(f"trim_pages cannot enlarge row {row}: use grow_pages")
-        width = held.pages.shape[-1]
-        gone = _used(held.counts, width) & ~_used(num_pages, width)
-        self._store.pool.free_pages(held.lines[gone])
-        held.lines[gone] = 0
-        held.counts = num_pages.astype(np.int32)
-        return held.pages
+        table.keep(np.zeros_like(num_pages), num_pages, num_pages, table.width)
+        return table.pages
+
+    def shift(self, row: int, num_dropped: Ints, num_pages: Ints) -> Int32 | None:
+        """See `CacheManager.shift_pages`."""
+        table = self._settled(row, num_pages)
+        require_counts(num_dropped, self._lanes.per_block)
+        if np.any(num_dropped > table.counts):
+            raise UsageError(
+                f"row {row} holds {table.counts.tolist()} pages, of which {num_dropped.tolist()} cannot be dropped: "
+                "drop at most what page_table counts"
+            )
+        stop = np.minimum(num_dropped + num_pages, table.counts)
+        width = int(num_pages.max(initial=0))
+        return table.pages if table.keep(num_dropped, stop, num_pages, width) else None
 
     def release(self, row: int) -> None:
         """Free every page of the row, also in the midst of a compaction."""
         held = self.require(row)
         if held.in_place is not None:
             self.finish(row)
-        self._store.pool.free_pages(held.owned())
+        held.table.free()
         del self.rows[row]
 
-    def require(self, row: int) -> PageTable:
-        """The row's page table; UsageError if it holds whole blocks."""
+    def require(self, row: int) -> Paged:
+        """What the row holds in pages; UsageError if it holds whole blocks."""
         if row not in self.rows:
             raise UsageError(f"row {row} holds whole blocks: call paginate first")
         return self.rows[row]
@@ -120,19 +111,13 @@ class Paging:
         """All page ids the row owns now, including those a compaction under way will free."""
         held = self.rows[row]
         if held.in_place is None:
-            return held.owned()
-        return np.concatenate([held.owned(), self._surplus(self._tables.blocks(row), held)])
+            return held.table.owned()
+        blocks, surplus = self._surplus(self._tables.blocks(row), held)
+        return np.concatenate([held.table.owned(), self._lanes.pages_of(blocks)[surplus]])
 
     def _private(self, blocks: Blocks) -> Bools:
         private: Bools = (self._store.pool.refs[blocks] == 1) & ~self._store.index.keyed[blocks]
         return private
-
-    def _room_for(self, num_pages: int) -> bool:
-        return self._store.pool.blocks_to_break(num_pages) <= self._store.num_available
-
-    def _take(self, num_pages: int) -> Blocks:
-        fresh = self._store.take(self._store.pool.blocks_to_break(num_pages))
-        return self._store.pool.take_pages(num_pages, fresh)
 
     def _blocks_to_withdraw(self, blocks: Blocks, num_pages: Ints) -> Blocks | None:
         """The fewest own published blocks, deepest first, to rewrite in place; None if all are too few.
@@ -146,7 +131,7 @@ class Paging:
         own = (pool.refs[blocks] == 1) & store.index.keyed[blocks] & ~store.lifecycle.pinned[blocks] & (saved > 0)
         candidates = np.flatnonzero(own)[::-1]
         for count in range(len(candidates) + 1):
-            if self._room_for(wanted - int(saved[candidates[:count]].sum())):
+            if store.has_room(self._lanes, wanted - int(saved[candidates[:count]].sum())):
                 return blocks[candidates[:count]]
         return None
 
@@ -155,35 +140,22 @@ class Paging:
         width = int(num_pages.max(initial=0))
         lines = np.zeros((num_pages.size, width), np.int32)
         own = np.flatnonzero(in_place[:width])
-        lines[:, own] = self._store.pool.pages_of(blocks[own]).T
-        used = _used(num_pages, width)
-        fresh = used.copy()
-        fresh[:, own] = False
-        lines[fresh] = self._take(int(np.count_nonzero(fresh)))
-        lines[~used] = 0
+        lines[:, own] = self._lanes.pages_of(blocks[own]).T
+        places = used(num_pages, width)
+        lines[~places] = 0
+        places[:, own] = False
+        lines[places] = self._store.take_pages(self._lanes, int(np.count_nonzero(places)))
         return lines.reshape(*num_pages.shape, width)
 
-    def _surplus(self, blocks: Blocks, held: PageTable) -> Blocks:
-        """Pages of blocks broken in place that the table does not use."""
+    def _surplus(self, blocks: Blocks, held: Paged) -> tuple[Blocks, Bools]:
+        """The blocks [n] broken in place, and which of their pages [n, L*H] the table does not use."""
         assert held.in_place is not None
         depth = np.flatnonzero(held.in_place)
-        pages = self._store.pool.pages_of(blocks[depth])
-        return pages[held.counts.reshape(1, -1) <= depth[:, None]]
+        return blocks[depth], held.table.counts.reshape(1, -1) <= depth[:, None].astype(np.int32)
 
-    def _require_settled(self, row: int, num_pages: Ints) -> PageTable:
-        self._require_shape(num_pages)
+    def _settled(self, row: int, num_pages: Ints) -> PageTable:
+        require_counts(num_pages, self._lanes.per_block)
         held = self.require(row)
         if held.in_place is not None:
             raise UsageError(f"row {row} has a compaction under way: call finish_paginate first")
-        return held
-
-    def _require_shape(self, num_pages: Ints) -> None:
-        lanes = self._store.pool.pages_per_block
-        if num_pages.ndim != 2 or num_pages.size != lanes or np.any(num_pages < 0):
-            raise UsageError(f"num_pages of shape {num_pages.shape} must be [L, H], L*H = {lanes}, no count negative")
-
-
-def _used(counts: Ints, width: int) -> Bools:
-    """Which of `width` places of each (layer, head) line are in use, bool [L*H, width]."""
-    used: Bools = np.arange(width) < counts.reshape(-1, 1)
-    return used
+        return held.table

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvwise.cache.deadlines import Floats
 from kvwise.cache.events import AllBlocksCleared, BlocksRemoved, BlocksStored, EventLog
+from kvwise.cache.lanes import Int32, Lanes
 from kvwise.cache.lifecycle import Lifecycle
 from kvwise.cache.misses import Ledger, RemovalReason
 from kvwise.cache.pool import BlockPool
@@ -90,6 +91,14 @@ class BlockStore:
             self.num_evicted += len(victims)
             self._unpublish(victims, RemovalReason.EVICTED)
         return self.pool.pop(count)
+
+    def has_room(self, lanes: Lanes, num_pages: int) -> bool:
+        """Whether `take_pages` can hand out `num_pages` pages."""
+        return lanes.blocks_to_break(num_pages) <= self.num_available
+
+    def take_pages(self, lanes: Lanes, num_pages: int) -> Int32:
+        """Hand out `num_pages` pages, for which there is room: unowned ones first, breaking blocks for the rest."""
+        return lanes.take(num_pages, self.take(lanes.blocks_to_break(num_pages)))
 
     def retain(self, blocks: Blocks) -> None:
         """A new request hit the published `blocks`: one more reference each."""

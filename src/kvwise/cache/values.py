@@ -46,7 +46,9 @@ class Usage:
     Cached blocks are published and unreferenced; they count as used pages, though most can be evicted at
     once. `num_pages_used`: pages that hold something: all of a cached or referenced block's, the owned ones
     of a broken block. `num_pages_loose`: the other pages of broken blocks, which only page tables can use.
-    `num_held`: referenced blocks that a transfer under way holds.
+    `num_packed`, `num_packed_used`, `num_packed_loose`: the same for packed pages, of blocks that are broken into
+    those; such blocks count in no figure of pages but `num_pages`. `num_held`: referenced blocks that a transfer under
+    way holds.
     """
 
     num_blocks: int
@@ -57,6 +59,9 @@ class Usage:
     num_pages: int
     num_pages_used: int
     num_pages_loose: int
+    num_packed: int
+    num_packed_used: int
+    num_packed_loose: int
     num_pinned: int
     num_sequences: int
     num_held: int
@@ -65,3 +70,8 @@ class Usage:
     def num_pages_held(self) -> int:
         """Pages that live sequences hold: used ones without the merely cached blocks."""
         return self.num_pages_used - self.num_cached * (self.num_pages // self.num_blocks)
+
+    @property
+    def num_packed_held(self) -> int:
+        """Packed pages that live sequences hold: all that are used, for none is ever merely cached."""
+        return self.num_packed_used

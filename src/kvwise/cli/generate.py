@@ -27,6 +27,10 @@ def generate(
     model: Annotated[str, typer.Option(help="Folder, hub id, config.json, builtin:recall, or random:13m.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompt_ids: Annotated[list[str] | None, typer.Option(help="A prompt as token ids, such as 1,2,3.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image file; all given belong to every prompt, before it unless it says where."),
+    ] = None,
     strategy: Annotated[str, typer.Option(help="Methods joined by +, see kvwise methods.")] = "full+prefix",
     max_tokens: Annotated[int, typer.Option(rich_help_panel=Sampling)] = 64,
     min_tokens: Annotated[int, typer.Option(rich_help_panel=Sampling)] = 0,
@@ -106,6 +110,8 @@ def generate(
         raise UsageError(f"--prompt-cache keeps one prompt, and {len(prompts)} are given: run them one by one")
     if prompt_cache is not None and not prompt_cache.parent.is_dir():
         raise UsageError(f"--prompt-cache {prompt_cache}: {prompt_cache.parent} is no folder; make it first")
+    if prompt_cache is not None and image:
+        raise UsageError("--prompt-cache keeps prompts of text: leave out --image, or the file")
     # Bad options are refused above, before the seconds it takes to import torch and load a model.
     from kvwise.engine.llm import LLM
     from kvwise.methods.catalogue import parse
@@ -115,7 +121,7 @@ def generate(
     loaded = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with LLM(loaded, chosen, **settings) as llm:
         if prompt_cache is None:
-            outputs = llm.generate(prompts, params, salt=salt, session=session)
+            outputs = llm.generate(prompts, params, images=[image or []] * len(prompts), salt=salt, session=session)
         else:
             outputs = _with_cache(llm, prompts[0], params, prompt_cache, salt=salt, session=session)
         _show(outputs, llm.engine.stats(), as_json=as_json)

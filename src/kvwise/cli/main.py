@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from kvwise import __version__
-from kvwise.cli import cache, generate, methods, study
+from kvwise.cli import cache, calibrate, generate, methods, study
 from kvwise.core.errors import KvwiseError, UsageError
 
 app = typer.Typer(
@@ -40,6 +40,8 @@ app.command("generate")(generate.generate)
 app.command("methods")(methods.methods)
 app.add_typer(study.app, name="study")
 app.add_typer(cache.app, name="cache")
+app.add_typer(train.app, name="train")
+app.add_typer(calibrate.app, name="calibrate")
 
 
 def main() -> None:

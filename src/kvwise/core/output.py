@@ -58,10 +58,13 @@ class Attestation:
     tokens_reused: int = 0
     tokens_loaded: int = 0  # of the prompt, brought back from a tier below the device
     tokens_dropped: int = 0  # per layer and head: a token dropped by all L*H heads counts L*H
+    tokens_merged: int = 0  # likewise: dropped, but living on in others
     tokens_fetched: int = 0  # likewise
+    tokens_recalled_cached: int = 0  # of those fetched: still on the device from a step before, so no bytes moved
     fetch_candidates: int = 0  # tokens a selection could have fetched: fetched / candidates is the share read
     recall_hits: int = 0  # of the tokens the true query scores highest, how many were fetched (engine config: audit)
     recall_total: int = 0
+    bits_per_element: float = 0.0  # of K and V, on average of the tokens held when the request had settled
     bytes_freed: int = 0
     bytes_fetched: int = 0
     did: dict[str, int] = field(default_factory=dict)

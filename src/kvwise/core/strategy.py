@@ -18,12 +18,6 @@ CONFLICTS: tuple[tuple[Trait, Trait, str], ...] = (
         "the first ranks tokens by the attention of every prompt row, and rows of reused tokens are never computed",
     ),
     (
-        Trait.NEEDS_LAST_ROWS,
-        Trait.SKIPS_ROWS,
-        "the first ranks tokens by the attention of the prompt's last rows, rows of reused tokens are never computed, "
-        "and what a reused token has received came from another request's rows",
-    ),
-    (
         Trait.OWNS_PAGES,
         Trait.OWNS_PAGES,
         "both rearrange a request's pages after prefill, and a page can have one owner",

@@ -1,7 +1,8 @@
 """One step's flat batch: tokens, positions and, for each part, where its KV is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,15 @@ from kvwise.cache.manager import CacheManager
 from kvwise.engine.hierarchy.loads import Loads
 from kvwise.engine.placement.base import Placement
 from kvwise.engine.scheduler import Scheduled
+from kvwise.engine.seeing import Shown, splice
+from kvwise.engine.sequence import Sequence as Request
 from kvwise.kernels.base import Kernels
 from kvwise.models.attention import BlockPart, Part, StepBatch
+from kvwise.models.hook import Splice
 from kvwise.tiers.arena import Arena
 
 Int64 = npt.NDArray[np.int64]
+NOTHING: Mapping[Request, Sequence[Shown]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,8 @@ class Batch:
     """What a step hands to the model, and which of its rows are sampled.
 
     `tokens` and `positions` int64 [T]; `logit_rows` int64 [R] are the last rows of `sampled`, in that order. `order`
-    is the schedule in the order of the flat batch: sequences in blocks first, settled ones behind them.
+    is the schedule in the order of the flat batch: sequences in blocks first, settled ones behind them. `rotations`
+    int64 [3, T] is by what the model rotates, where that is not the position; `splice` is what image tokens show.
     """
 
     tokens: Tensor
@@ -33,19 +39,8 @@ class Batch:
     step: StepBatch
     order: list[Scheduled]
     sampled: list[Scheduled]
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """The rows of a step that share a line of the block table: `num_tokens` rows of row `row`, up to position `end`.
-
-    The last `num_counted` of them count towards the mass.
-    """
-
-    row: int
-    num_tokens: int
-    end: int
-    num_counted: int
+    rotations: Tensor | None = None
+    splice: Splice | None = None
 
 
 class BatchBuilder:
@@ -61,8 +56,8 @@ class BatchBuilder:
         self._loads = loads
         self._device = arena.keys.device
 
-    def build(self, schedule: Sequence[Scheduled]) -> Batch:
-        """Flatten a schedule."""
+    def build(self, schedule: Sequence[Scheduled], shown: Mapping[Request, Sequence[Shown]] = NOTHING) -> Batch:
+        """Flatten a schedule, of which image tokens show `shown`."""
         in_blocks = [s for s in schedule if not s.sequence.settled]
         settled = [s for s in schedule if s.sequence.settled]
         order = in_blocks + settled
@@ -76,13 +71,16 @@ class BatchBuilder:
         tokens, positions = _tokens_and_positions(order)
         ends = np.cumsum([s.num_tokens for s in order]) - 1
         sampled = [i for i, s in enumerate(order) if s.samples]
+        rotations = _rotations(order, positions)
         return Batch(
             self._tensor(tokens),
             self._tensor(positions),
             self._tensor(ends[sampled]),
-            StepBatch(parts, self._arena.layout.num_layers, self._gates(order)),
+            StepBatch(parts, self._arena.layout.layers, self._gates(order)),
             order,
             [order[i] for i in sampled],
+            None if rotations is None else self._tensor(rotations),
+            splice(order, shown),
         )
 
     def _gates(self, order: Sequence[Scheduled]) -> list[Callable[[int], bool]]:
@@ -93,17 +91,14 @@ class BatchBuilder:
 
     def _block_part(self, items: Sequence[Scheduled], num_rows: int) -> BlockPart:
         size = self._arena.layout.block_size
-        lines = [line for item in items for line in self._lines(item)]
-        rows = np.array([line.row for line in lines])
-        counts = np.array([line.num_tokens for line in lines])
-        lengths = np.array([line.end for line in lines])
+        rows = np.array([item.sequence.row for item in items])
+        counts = np.array([item.num_tokens for item in items])
+        lengths = np.array([item.sequence.num_computed for item in items]) + counts
         longest = int(-(-lengths.max() // size))
         tables = self._cache.tables[rows, :longest]
         positions = _ranges(lengths - counts, counts)
-        blocks = tables[np.repeat(np.arange(len(lines)), counts), positions // size].astype(np.int64)
+        blocks = tables[np.repeat(np.arange(len(items)), counts), positions // size].astype(np.int64)
         self._start_columns(blocks, positions)
-        counted = [line.num_counted for line in lines]
-        every = all(line.num_counted == line.num_tokens for line in lines)
         return BlockPart(
             slice(0, num_rows),
             self._kernels,
@@ -112,30 +107,9 @@ class BatchBuilder:
             torch.from_numpy(tables).to(self._device),
             torch.from_numpy(lengths.astype(np.int32)).to(self._device),
             self._tensor(blocks * size + positions % size),
-            mass=self._placement.wants_mass and any(counted),
-            mass_rows=None if every else torch.tensor(counted, dtype=torch.int32, device=self._device),
+            mass=self._placement.wants_mass,
             observer=self._placement.observer([(s.sequence, s.num_tokens) for s in items]),
         )
-
-    def _lines(self, item: Scheduled) -> list["_Line"]:
-        """A sequence's rows as one line of the block table, or as two where rows behind its prompt do not count.
-
-        Only the last rows of a line can count towards the mass, and a request that was preempted is computed again
-        with its output, whose rows come last.
-        """
-        sequence = item.sequence
-        assert sequence.row is not None
-        start, end = sequence.num_computed, sequence.num_computed + item.num_tokens
-        observed = self._placement.observed_rows(sequence.num_prompt)
-        if observed is None:
-            return [_Line(sequence.row, item.num_tokens, end, item.num_tokens)]
-        prompt_end = max(start, min(end, sequence.num_prompt))
-        first_counted = max(start, sequence.num_prompt - observed)
-        lines = [
-            _Line(sequence.row, prompt_end - start, prompt_end, max(0, prompt_end - first_counted)),
-            _Line(sequence.row, end - prompt_end, end, 0),
-        ]
-        return [line for line in lines if line.num_tokens]
 
     def _start_columns(self, blocks: Int64, positions: Int64) -> None:
         """New tokens have their position and have received no attention yet, in all layers and heads."""
@@ -163,3 +137,18 @@ def _tokens_and_positions(order: Sequence[Scheduled]) -> tuple[Int64, Int64]:
     starts = np.array([s.sequence.num_computed for s in order])
     counts = np.array([s.num_tokens for s in order])
     return np.array(tokens, dtype=np.int64), _ranges(starts, counts)
+
+
+def _rotations(order: Sequence[Scheduled], positions: Int64) -> Int64 | None:
+    """[3, T] if the model rotates tokens of some sequence by more than their position, else None."""
+    if not any(item.sequence.rotates for item in order):
+        return None
+    out = np.repeat(positions[None], 3, axis=0)
+    row = 0
+    for item in order:
+        if item.sequence.rotates:
+            assert item.sequence.images is not None
+            start = item.sequence.num_computed
+            out[:, row : row + item.num_tokens] = item.sequence.images.rotations(start, start + item.num_tokens)
+        row += item.num_tokens
+    return out

@@ -71,7 +71,7 @@ def _prefill_sample(
         observer=observer,
     )
     no_logits = torch.empty(0, dtype=torch.int64, device=device)
-    forward(loaded, torch.tensor(tokens, device=device), positions, StepBatch([part], layout.num_layers), no_logits)
+    forward(loaded, torch.tensor(tokens, device=device), positions, StepBatch([part], layout.layers), no_logits)
     return arena, len(tokens)
 
 

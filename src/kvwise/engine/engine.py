@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Sequence as Many
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from kvwise.cache.identity import PrefixKeys, Tokens
 from kvwise.cache.scopes import Scope
 from kvwise.cache.ttl import NO_TTL, Ttl
 from kvwise.core.clock import Clock, MonotonicClock
@@ -22,11 +24,13 @@ from kvwise.engine.meter import Meter, ShareMeter
 from kvwise.engine.placement.choose import make_memory
 from kvwise.engine.runner import Runner
 from kvwise.engine.sampler import SequenceSampler
-from kvwise.engine.scheduler import Scheduler
+from kvwise.engine.scheduler import Scheduled, Scheduler
+from kvwise.engine.seeing import look, place_images
 from kvwise.engine.sequence import Observe, Phase, Sequence
 from kvwise.engine.sizing import max_model_len
 from kvwise.models.loaded import LoadedModel
 from kvwise.models.text import OutputText
+from kvwise.models.vision import Placed
 
 
 class Engine:
@@ -61,6 +65,7 @@ class Engine:
         prompt: Many[int],
         params: SamplingParams | Many[SamplingParams],
         *,
+        images: Many[Any] = (),
         request_id: str | None = None,
         salt: str = "",
         session: str = "",
@@ -73,7 +78,9 @@ class Engine:
         """Queue a request and return its id. UsageError if it can never be served; nothing is queued then.
 
         Several `params` make one sample each, all forked from the prompt once it is computed: with questions as their
-        `forced_tokens`, each is asked of the same cache, which has seen none of them. `salt` names the tenant: equal
+        `forced_tokens`, each is asked of the same cache, which has seen none of them. `images` are paths, PIL images or
+        uint8 arrays (`models.images.read_image`), for which the prompt has one placeholder each, or all the tokens they
+        take (`models.vision.Vision.place`). `salt` names the tenant: equal
         prompts of different tenants share nothing. `session`, `scope` and `ttl` say who else may reuse the request's
         KV and how long it is kept (see `lifecycle`); `ttft_target_s` is a wish that loading may heed. `arrival` is in
         seconds on the engine's clock (now, if None). `observe(index, step, logits)` sees the raw logits [V] behind
@@ -81,14 +88,13 @@ class Engine:
         """
         number = next(self._ids)
         name = request_id if request_id is not None else f"request-{number}"
-        tokens = [int(t) for t in prompt]
         samples = _samples(params)
-        for one in samples:
-            self._refuse(name, tokens, one)
+        tokens, placed = self._prompt(name, [int(t) for t in prompt], samples, images)
         now = self.clock.now() if arrival is None else arrival
         owner = Owner(salt, session, scope, ttl)
         sequences = [
-            self._sequence(name, index, number, tokens, one, owner, now, observe) for index, one in enumerate(samples)
+            self._sequence(name, index, number, tokens, one, owner, now, observe, placed)
+            for index, one in enumerate(samples)
         ]
         keys = sequences[0].keys
         assert keys is not None
@@ -102,7 +108,7 @@ class Engine:
 
     def _sequence(
         self, name: str, index: int, number: int, tokens: list[int], params: SamplingParams, owner: Owner, now: float,
-        observe: Observe | None,
+        observe: Observe | None, placed: Placed | None,
     ) -> Sequence:  # fmt: skip
         sequence = Sequence(
             request_id=name,
@@ -125,9 +131,21 @@ class Engine:
                 device=self.loaded.device,
             ),
             observe=observe,
+            images=placed,
         )
-        sequence.keys = self.memory.cache.keys(sequence.token_array(), owner.salt)
+        sequence.keys = self._keys(sequence.token_array(), owner, placed)
         return sequence
+
+    def _prompt(
+        self, name: str, tokens: list[int], samples: list[SamplingParams], images: Many[Any]
+    ) -> tuple[list[int], Placed | None]:
+        """The tokens to be computed, images included; UsageError if they can never be."""
+        for one in samples:
+            self._refuse(name, tokens, one)
+        tokens, placed = place_images(self.loaded, tokens, images)
+        for one in samples if placed is not None else ():
+            self._refuse(name, tokens, one)  # longer now
+        return tokens, placed
 
     def _refuse(self, name: str, tokens: list[int], params: SamplingParams) -> None:
         longest = len(tokens) + params.max_tokens
@@ -166,18 +184,26 @@ class Engine:
 
     def warm(
         self, prompt: Many[int], *, pin: bool = False, pin_until: float | None = None, salt: str = "",
-        session: str = "", scope: Scope = Scope.TENANT, ttl: Ttl = NO_TTL,
+        session: str = "", scope: Scope = Scope.TENANT, ttl: Ttl = NO_TTL, images: Many[Any] = (),
     ) -> str:  # fmt: skip
         """Queue a prompt to be computed and kept, with nothing generated; its request id. See `lifecycle.ready`.
 
         With `pin`, its full blocks are kept from eviction in every tier until `pin_until` (None: until unpinned).
         """
         params = SamplingParams(max_tokens=0)
-        name = self.add_request(prompt, params, salt=salt, session=session, scope=scope, ttl=ttl)
+        name = self.add_request(prompt, params, images=images, salt=salt, session=session, scope=scope, ttl=ttl)
         keys = self._requests[name][0].keys
         assert keys is not None
         self.lifecycle.keep_warm(name, keys.copy(), pin=pin, until=pin_until)
         return name
+
+    def keys(self, prompt: Many[int], images: Many[Any] = (), owner: Owner = Owner()) -> PrefixKeys:  # noqa: B008
+        """The keys of a prompt with images, by which `lifecycle` finds, pins and purges its blocks."""
+        tokens, placed = place_images(self.loaded, [int(t) for t in prompt], images)
+        return self._keys(np.asarray(tokens, dtype=np.int64), owner, placed)
+
+    def _keys(self, tokens: Tokens, owner: Owner, placed: Placed | None) -> PrefixKeys:
+        return self.memory.cache.keys(tokens, owner.salt, () if placed is None else placed.content)
 
     def purge_session(self, session: str) -> PurgeReport:
         """End the session's requests, then forget in every tier what only it holds."""
@@ -200,7 +226,7 @@ class Engine:
             self._storing.poll()
         schedule = self._scheduler.schedule()
         if schedule:
-            self._run(self._builder.build(schedule))
+            self._run(schedule)
         elif self._loads:
             self._loads.wait()
         elif not self._scheduler.running and self._scheduler.waiting and not self._scheduler.wait_for_blocks():
@@ -210,7 +236,13 @@ class Engine:
             self.memory.cache.check()
         return self.collect()
 
-    def _run(self, batch: Batch) -> None:
+    def _run(self, schedule: list[Scheduled]) -> None:
+        shown, failures = look(self.loaded.vision, schedule)
+        self._finisher.fail(failures)
+        schedule = [item for item in schedule if item.sequence.row is not None]
+        if not schedule:
+            return
+        batch = self._builder.build(schedule, shown)
         began = self.clock.now()
         try:
             logits = self._runner.run(batch)

@@ -19,6 +19,8 @@ from kvwise.core.errors import InvariantError, UsageError
 from kvwise.engine.hierarchy.hierarchy import Hierarchy, Purged
 from kvwise.engine.placement.choose import Memory
 
+Prompt = Sequence[int] | PrefixKeys  # keys (of `Engine.keys`) for a prompt with images, whose tokens say too little
+
 
 @dataclass(frozen=True, slots=True)
 class PurgeReport:
@@ -160,7 +162,7 @@ class Lifecycle:
 
     # -- forgetting ---------------------------------------------------------------------------------------------
 
-    def purge_prefix(self, prompt: Sequence[int], owner: Owner = Owner()) -> PurgeReport:
+    def purge_prefix(self, prompt: Prompt, owner: Owner = Owner()) -> PurgeReport:
         """Forget now the blocks of a prompt under an owner's salt, whoever uses them."""
         return self._purge(self.keys(prompt, owner).chain, 0)
 
@@ -205,11 +207,13 @@ class Lifecycle:
 
     # -- keeping ------------------------------------------------------------------------------------------------
 
-    def keys(self, prompt: Sequence[int], owner: Owner = Owner()) -> PrefixKeys:
+    def keys(self, prompt: Prompt, owner: Owner = Owner()) -> PrefixKeys:
         """The chain of a prompt under an owner's salt."""
+        if isinstance(prompt, PrefixKeys):
+            return prompt
         return self._cache.keys(np.asarray(prompt, dtype=np.int64), owner.salt)
 
-    def pin(self, prompt: Sequence[int], owner: Owner = Owner(), *, until: float | None = None) -> int:
+    def pin(self, prompt: Prompt, owner: Owner = Owner(), *, until: float | None = None) -> int:
         """Keep what is stored of a prompt from eviction, in every tier, until `until` seconds on the clock.
 
         The number of blocks pinned on the device. Expiry and purge end a pin.
@@ -221,7 +225,7 @@ class Lifecycle:
         self.registry.pin(keys.chain, until)
         return count
 
-    def unpin(self, prompt: Sequence[int], owner: Owner = Owner()) -> int:
+    def unpin(self, prompt: Prompt, owner: Owner = Owner()) -> int:
         """End the pins of a prompt's blocks; the number ended on the device."""
         keys = self.keys(prompt, owner)
         if self._hierarchy is not None:

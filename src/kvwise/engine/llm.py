@@ -14,11 +14,13 @@ from kvwise.core.tiering import parse_tier
 from kvwise.engine.engine import Engine
 from kvwise.engine.lifecycle import Owner
 from kvwise.engine.prompt_cache import LoadedPrompt, SavedPrompt, load_prompt_cache, save_prompt_cache
+from kvwise.engine.seeing import require_list
 from kvwise.methods.catalogue import parse
 from kvwise.models.load import load_model
 from kvwise.models.loaded import LoadedModel
 
 Prompt = str | Sequence[int]
+Images = Sequence[Any]  # of one prompt: paths, PIL images, uint8 arrays
 
 
 class LLM:
@@ -52,19 +54,24 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        images: Sequence[Any] | None = None,
         salt: str = "",
         session: str = "",
     ) -> list[RequestOutput]:
         """Answer all prompts (text or token ids), batched; outputs in the order of prompts, then of samples.
 
-        `salt` names the tenant whose prompts may share KV, `session` who stores it (see `Engine.add_request`).
+        `images` has one list of images for each prompt; for a single prompt that is no list, its own images. A text
+        that names no place for them gets them in front. `salt` names the tenant whose prompts may share KV, `session`
+        who stores it (see `Engine.add_request`).
         """
         many = _as_list(prompts)
         each = _each(params, len(many))
+        seen = _images(images, len(many), alone=_is_one(prompts))
         ids: list[str] = []
         try:
-            for prompt, one in zip(many, each, strict=True):
-                ids.append(self.engine.add_request(self._tokens(prompt), one, salt=salt, session=session))
+            for prompt, one, shown in zip(many, each, seen, strict=True):
+                tokens = self._tokens(prompt, shown)
+                ids.append(self.engine.add_request(tokens, one, images=shown, salt=salt, session=session))
             outputs = self._outputs(ids, sum(one.n for one in each))
             finished = {(o.request_id, o.index): o for o in outputs if o.finished}
         finally:
@@ -72,11 +79,16 @@ class LLM:
         return [finished[name, i] for name, one in zip(ids, each, strict=True) for i in range(one.n)]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, salt: str = "", session: str = ""
-    ) -> Iterator[RequestOutput]:
-        """Answer one prompt token by token. Closing the iterator aborts the request; several may run side by side."""
+        self, prompt: Prompt, params: SamplingParams | None = None, *, images: Images = (), salt: str = "",
+        session: str = "",
+    ) -> Iterator[RequestOutput]:  # fmt: skip
+        """Answer one prompt, with its images, token by token.
+
+        Closing the iterator aborts the request; several may run side by side.
+        """
         chosen = params or SamplingParams()
-        request_id = self.engine.add_request(self._tokens(prompt), chosen, salt=salt, session=session)
+        tokens = self._tokens(prompt, images)
+        request_id = self.engine.add_request(tokens, chosen, images=images, salt=salt, session=session)
         try:
             yield from self._outputs([request_id], chosen.n)
         finally:
@@ -117,8 +129,12 @@ class LLM:
             self.engine.abort(request_id)
         self._deliver(self.engine.collect())
 
-    def _tokens(self, prompt: Prompt) -> Sequence[int]:
-        return self.engine.loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    def _tokens(self, prompt: Prompt, images: Images = ()) -> Sequence[int]:
+        require_list(images)
+        loaded = self.engine.loaded
+        if not isinstance(prompt, str):
+            return prompt
+        return loaded.tokenizer.encode(prompt if loaded.vision is None else loaded.vision.marked(prompt, len(images)))
 
     def close(self) -> None:
         """Free the engine."""
@@ -131,12 +147,23 @@ class LLM:
         self.close()
 
 
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, int) for p in prompts))
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if len(prompts) and all(isinstance(p, int) for p in prompts):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    return [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
+
+
+def _images(images: Sequence[Any] | None, count: int, *, alone: bool) -> list[Images]:
+    """The images of each of `count` prompts; `alone`: they are those of the only one."""
+    if images is None:
+        return [()] * count
+    if alone:
+        return [images]
+    if len(images) != count:
+        raise UsageError(f"{len(images)} lists of images for {count} prompts: give one for each, empty or not")
+    return list(images)
 
 
 def _each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

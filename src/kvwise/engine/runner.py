@@ -24,7 +24,8 @@ class Runner:
     def run(self, batch: Batch) -> Tensor:
         """Logits float32 [R, V] of the batch's `logit_rows`."""
         began = time.perf_counter()
-        logits = forward(self._loaded, batch.tokens, batch.positions, batch.step, batch.logit_rows)
+        place = batch.positions if batch.rotations is None else batch.rotations
+        logits = forward(self._loaded, batch.tokens, place, batch.step, batch.logit_rows, batch.splice)
         context = int(batch.positions.sum()) // len(batch.positions)
         self._meter.charge(len(batch.tokens), context, time.perf_counter() - began)
         return logits

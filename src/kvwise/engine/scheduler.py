@@ -164,18 +164,23 @@ class Scheduler:
 
     def _would_load(self, sequence: Sequence, match: Match) -> bool:
         """Bytes can be on their way while there is no budget to compute."""
-        return self._loads is not None and bool(self._loads.find(sequence, match.num_tokens))
+        return self._loads is not None and bool(self._loads.find(sequence, match.num_tokens, self._num_last(sequence)))
 
     def _match(self, sequence: Sequence) -> Match:
         assert sequence.keys is not None
-        return self._cache.match(sequence.keys, len(sequence.tokens))
+        return self._cache.match(sequence.keys, len(sequence.tokens), self._num_last(sequence))
+
+    def _num_last(self, sequence: Sequence) -> int:
+        """Of its last tokens, how many must be computed: one, and the prompt's rows that a method looks at."""
+        observed = self._placement.observed_rows(sequence)
+        return max(1, observed + len(sequence.tokens) - sequence.num_prompt) if observed else 1
 
     def _admit(self, sequence: Sequence, match: Match) -> bool:
         assert sequence.keys is not None
         if not self._placement.admit(sequence):
             return False
         # Looked up before the row announces its blocks, and before making room pushes anything out.
-        stored = [] if self._loads is None else self._loads.find(sequence, match.num_tokens)
+        stored = [] if self._loads is None else self._loads.find(sequence, match.num_tokens, self._num_last(sequence))
         row = self._cache.admit_with_room(match, sequence.keys, len(sequence.tokens), terms=sequence.terms)
         if row is None:
             self._placement.release(sequence)

@@ -13,6 +13,7 @@ from kvwise.core.output import Attestation, FinishReason, RequestMetrics, TokenL
 from kvwise.core.params import SamplingParams
 from kvwise.engine.sampler import SequenceSampler
 from kvwise.models.text import OutputText
+from kvwise.models.vision import Placed
 
 Observe = Callable[[int, int, Tensor], None]  # (index of the sample, index of the output token, logits [V])
 
@@ -56,6 +57,7 @@ class Sequence:
     declines_loading: bool = False  # what was loaded for it turned out bad: it computes
     ttft_target_s: float | None = None
     keys: PrefixKeys | None = None
+    images: Placed | None = None
     siblings: "list[Sequence]" = field(default_factory=list)  # samples that fork from this one after its prefill
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_emitted: int = 0  # output tokens that some RequestOutput has told
@@ -77,6 +79,16 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens whose KV is still to be computed: 1 while decoding, more in prefill."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def image_spans(self) -> tuple[tuple[int, int], ...]:
+        """Where the tokens of its images are: (first, stop)."""
+        return () if self.images is None else self.images.spans
+
+    @property
+    def rotates(self) -> bool:
+        """Whether its tokens are rotated by other numbers than their positions, which its images tell."""
+        return self.images is not None and self.images.positions is not None
 
     def token_array(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """All tokens as int64."""

@@ -7,9 +7,9 @@ import logging
 import torch
 
 from kvwise.core.errors import UsageError
-from kvwise.kernels.base import Attention, Kernels, Segment
+from kvwise.kernels.base import Attention, Kernels, Sealed, Segment
 
-__all__ = ["Attention", "Kernels", "Segment", "available_kernels", "kernels_for"]
+__all__ = ["Attention", "Kernels", "Sealed", "Segment", "available_kernels", "kernels_for"]
 
 
 def available_kernels(device: torch.device) -> list[str]:

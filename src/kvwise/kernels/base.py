@@ -14,6 +14,29 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from kvwise.core.errors import UsageError
+from kvwise.kernels.packed import PackedArena
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """The packed pages that hold the first tokens of a segment; its open pages hold those after them.
+
+    Token ``t`` of a (sequence, head) has its key in page ``tables[b, h, t // S]``, row ``t % S``, if
+    ``t < key_lengths[b, h]``, else at open slot ``t - open_base[b, h]`` of the segment's own table; its value
+    likewise by `value_lengths`. Always ``open_base <= value_lengths <= key_lengths``.
+    """
+
+    arena: PackedArena
+    tables: Tensor  # int32 [B, H, M] packed pages
+    key_lengths: Tensor  # int32 [B, H]
+    value_lengths: Tensor  # int32 [B, H]
+    open_base: Tensor  # int32 [B, H]: token of open slot 0
+    key_channels: Tensor | None = (
+        None  # int32 [B, H, dim], distinct: the query's channels that meet plain keys of fewer (ThinK)
+    )
+    upper_only: bool = False  # split codes are read by their upper plane alone (QuantSpec's draft)
+    positions: Tensor | None = None  # int32 [packed pages, S], read only under a window; None: index of the token
+    mass: Tensor | None = None  # float32 [packed pages, S]: mass of tokens < key_lengths is added here
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +46,9 @@ class Segment:
     ``causal``: of the ``n`` queries of a sequence, query ``i`` sees the first ``length - n + i + 1`` slots in table
     order (so ``lengths`` counts the queries' own tokens, already appended); otherwise every query sees all
     ``length`` slots. A count below zero is none.
+
+    With ``sealed``, ``lengths`` counts the tokens in packed and open pages together, tables are per head, and both
+    ``positions`` and ``mass`` speak of open pages only.
     """
 
     keys: Tensor  # [P, block_size, Dk] float32, bfloat16 or float16
@@ -37,6 +63,7 @@ class Segment:
         None  # int32 [P, block_size]; read only under a window; None: position = index in table order
     )
     mass: Tensor | None = None  # float32 [P, block_size]; the softmax mass each key receives is added here
+    sealed: Sealed | None = None  # packed pages before the open ones
 
     @property
     def whole_blocks(self) -> bool:
@@ -142,6 +169,33 @@ class Kernels(Protocol):
         """
         ...
 
+    def seal_keys(
+        self, arena: Tensor, slots: Tensor, packed: PackedArena, pages: Tensor, channels: Tensor | None = None
+    ) -> None:
+        """Pack the rows at slots int64 [n, S] of an open arena [P, block_size, D] into the keys of pages int64 [n].
+
+        channels: int64 [n, dim], which channels a plain part of fewer keeps. Slots of a last page that is not full may
+        repeat any row where the part is plain (rows stand alone there). Codes of a group and a page's float8 scale
+        cover all S rows.
+        """
+        ...
+
+    def seal_values(self, arena: Tensor, slots: Tensor, packed: PackedArena, pages: Tensor) -> None:
+        """Pack the rows at slots int64 [n, S] of an open arena into the values of pages int64 [n]."""
+        ...
+
+    def seal_value_rows(self, arena: Tensor, slots: Tensor, packed: PackedArena, packed_slots: Tensor) -> None:
+        """Pack single rows at slots int64 [n] as the values of tokens ``page * S + row``, int64 [n], all different.
+
+        Only where rows stand alone: plain parts and codes whose axis is "token"; others raise UsageError. Rows of the
+        page not named keep what they hold.
+        """
+        ...
+
+    def unseal(self, packed: PackedArena, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """What pages int64 [n] hold: float32 keys [n, S, channels kept] and values [n, S, D]."""
+        ...
+
 
 def check_attend(
     queries: Tensor, query_start: Tensor, segments: Sequence[Segment], query_positions: Tensor | None
@@ -175,3 +229,23 @@ def _check_segment(segment: Segment, num_sequences: int, num_heads: int, head_di
             f"tables {tuple(tables.shape)} and lengths {tuple(segment.lengths.shape)} "
             f"do not fit {num_sequences} sequences, {num_heads} KV heads"
         )
+    if segment.sealed is not None:
+        _check_sealed(segment, segment.sealed, lead, head_dim)
+
+
+def _check_sealed(segment: Segment, sealed: Sealed, lead: tuple[int, ...], head_dim: int) -> None:
+    if segment.whole_blocks:
+        raise UsageError("packed pages need per-head tables: the segment has whole-block ones")
+    counts = (sealed.key_lengths, sealed.value_lengths, sealed.open_base)
+    if sealed.tables.shape[:-1] != lead or any(x.shape != lead for x in counts):
+        raise UsageError(f"packed tables {tuple(sealed.tables.shape)} and lengths do not fit sequences, heads {lead}")
+    page, channels = sealed.arena.format, sealed.key_channels
+    if page.head_dim != head_dim or page.head_dim != segment.values.shape[2]:
+        raise UsageError(
+            f"packed pages hold heads of {page.head_dim} channels; queries have {head_dim}, "
+            f"open values {segment.values.shape[2]}"
+        )
+    if channels is None and page.key_dim != head_dim:
+        raise UsageError(f"packed keys keep {page.key_dim} of {head_dim} channels: pass key_channels= to say which")
+    if channels is not None and channels.shape != (*lead, page.key_dim):
+        raise UsageError(f"key_channels {tuple(channels.shape)} must be {(*lead, page.key_dim)}")

@@ -9,6 +9,7 @@ from kvwise import _native
 from kvwise.core.errors import UsageError
 from kvwise.kernels.base import Attention, Segment, check_attend
 from kvwise.kernels.reference import ReferenceKernels
+from kvwise.kernels.reference_sealed import ReferenceSealing
 
 # How a page's dtype is called in native/tasks.h.
 STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -19,10 +20,11 @@ def instruction_sets() -> list[str]:
     return _native.instruction_sets()
 
 
-class CpuKernels:
+class CpuKernels(ReferenceSealing):
     """C++ kernels for one instruction set; float32 sums for every storage dtype. See `kvwise.kernels.base.Kernels`.
 
-    They use `num_threads` threads; None: as many as torch does at the time of the call.
+    They use `num_threads` threads; None: as many as torch does at the time of the call. Packed pages are made and read
+    by the reference.
     """
 
     def __init__(self, instruction_set: str, num_threads: int | None = None) -> None:
@@ -60,6 +62,18 @@ class CpuKernels:
         """See `Kernels.attend`."""
         num_heads = check_attend(queries, query_start, segments, query_positions)
         _check_storage(segments)
+        if any(segment.sealed is not None for segment in segments):
+            return ReferenceKernels().attend(
+                queries,
+                query_start,
+                segments,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                query_positions=query_positions,
+                want_lse=want_lse,
+                mass_rows=mass_rows,
+            )
         num_tokens, num_query_heads, key_dim = queries.shape
         value_dim = segments[0].values.shape[2]
         rows = queries.float()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvwise.kernels.base import Attention, Segment, check_attend
+from kvwise.kernels.reference_sealed import ReferenceSealing, sealed_rows
 
 # Query rows handled at once: the logits held are ROWS x keys, so that a long prompt needs no T x T matrix here either.
 ROWS = 256
@@ -24,6 +25,8 @@ class _View:
     lengths: Tensor  # int64 [H, 1, 1]
     positions: Tensor  # int64 [H, 1, S]
     segment: Segment
+    sealed_slots: Tensor | None = None  # int64 [H, S], of tokens whose key is packed
+    in_sealed: Tensor | None = None  # bool [H, S]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class _Look:
     softcap: float | None
 
 
-class ReferenceKernels:
+class ReferenceKernels(ReferenceSealing):
     """Plain torch kernels; see `kvwise.kernels.base.Kernels` for what each must do."""
 
     name = "reference"
@@ -140,6 +143,8 @@ class ReferenceKernels:
 
 def _view(segment: Segment, b: int, num_heads: int) -> _View:
     """Gather what sequence ``b`` holds of a segment, per head, padded to the longest head."""
+    if segment.sealed is not None:
+        return _sealed_view(segment, b)
     block_size = segment.keys.shape[1]
     lengths = segment.lengths[b].long().expand(num_heads) if segment.whole_blocks else segment.lengths[b].long()
     table = segment.tables[b].long()
@@ -157,6 +162,21 @@ def _view(segment: Segment, b: int, num_heads: int) -> _View:
         torch.where(used, arena.flatten(0, 1)[slots].float(), 0.0) for arena in (segment.keys, segment.values)
     )
     return _View(keys, values, slots, lengths[:, None, None], positions[:, None, :], segment)
+
+
+def _sealed_view(segment: Segment, b: int) -> _View:
+    rows = sealed_rows(segment, b)
+    lengths = segment.lengths[b].long()[:, None, None]
+    return _View(
+        rows.keys,
+        rows.values,
+        rows.open_slots,
+        lengths,
+        rows.positions[:, None, :],
+        segment,
+        rows.sealed_slots,
+        rows.in_sealed,
+    )
 
 
 def _grouped(queries: Tensor, num_heads: int) -> Tensor:
@@ -191,8 +211,15 @@ def _softmax(logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 def _add_mass(probs: Tensor, view: _View, counted: Tensor) -> None:
     """Add what each slot received from the counted rows; probs [H, n, G, S], counted [n] of 0 and 1."""
-    if view.segment.mass is None:
+    sealed = view.segment.sealed
+    columns = [(view.segment.mass, view.slots, None if view.in_sealed is None else ~view.in_sealed)]
+    if sealed is not None and view.sealed_slots is not None:
+        columns.append((sealed.mass, view.sealed_slots, view.in_sealed))
+    if all(mass is None for mass, _, _ in columns):
         return
     received = torch.einsum("hngs,n->hs", probs, counted)
     used = torch.arange(received.shape[1], device=received.device) < view.lengths[:, :, 0]
-    view.segment.mass.view(-1).index_add_(0, view.slots[used], received[used])
+    for mass, slots, mine in columns:
+        if mass is not None:
+            chosen = used if mine is None else used & mine
+            mass.view(-1).index_add_(0, slots[chosen], received[chosen])

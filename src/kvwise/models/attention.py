@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvwise.core.layout import LayerMap
 from kvwise.kernels.base import Kernels, Segment
 from kvwise.tiers.arena import Arena
 
@@ -22,10 +23,14 @@ class Part(Protocol):
     rows: slice
 
     def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None,
-        softcap: float | None,
+        self, layer: int, queries: Tensor, keys: Tensor | None, values: Tensor | None, *, scale: float,
+        window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
-        """Store keys [T, H, D] and values, then answer queries [T, Hq, D] with [T, Hq, D]."""
+        """Store keys [T, H, D] and values, then answer queries [T, Hq, D] with [T, Hq, D].
+
+        `layer` counts those that store KV. Without keys and values another layer of the model reads what this one
+        has stored: nothing is appended, and what the keys receive there does not count.
+        """
         ...
 
 
@@ -43,25 +48,29 @@ class StepBatch:
     `sound` bool [T], once the last layer has attended: whether a token's KV is made of finite numbers. What goes
     wrong in an earlier layer reaches the token's keys, values or answer in the last one through the residual stream.
 
+    `layers` says whose KV each layer of the model reads; parts and gates know the layers that store only. The module
+    of a layer that reads another's still projects keys and values, as KVSharer's released code does: they are dropped.
     `gates`: called with each layer's number before the layer reads any KV; they wait for KV that is still on its way.
     """
 
-    def __init__(self, parts: Sequence[Part], num_layers: int, gates: Sequence[Callable[[int], object]] = ()) -> None:
+    def __init__(self, parts: Sequence[Part], layers: LayerMap, gates: Sequence[Callable[[int], object]] = ()) -> None:
         self.parts = parts
+        self._layers = layers
         self._gates = gates
         self.sound: Tensor | None = None
-        self._last_layer = num_layers - 1
+        self._last_layer = len(layers.reads) - 1
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None,
         softcap: float | None,
     ) -> Tensor:  # fmt: skip
         """Answer the queries of all parts: [T, Hq, D] in, [T, Hq, D] out."""
-        for gate in self._gates:
-            gate(layer)
+        stored, owns = self._layers.storage[layer], self._layers.stores(layer)
+        for gate in self._gates if owns else ():
+            gate(stored)
         outs = [
             part.attend(
-                layer, queries[part.rows], keys[part.rows], values[part.rows],
+                stored, queries[part.rows], keys[part.rows] if owns else None, values[part.rows] if owns else None,
                 scale=scale, window=window, softcap=softcap,
             )
             for part in self.parts
@@ -100,8 +109,7 @@ class BlockPart:
     """Sequences in whole blocks: one int32 table [B, N] shared by all layers and heads.
 
     `slots` int64 [T] is where each new token goes (block * block_size + offset). With `mass`, the attention that
-    each key receives is added to the arena's mass column: that of all rows, or of the last `mass_rows` int32 [B] of
-    each line of the table. Neighbouring lines may be pieces of one sequence, of which some rows count and others not.
+    each key receives is added to the arena's mass column.
     """
 
     rows: slice
@@ -112,25 +120,25 @@ class BlockPart:
     lengths: Tensor
     slots: Tensor
     mass: bool = False
-    mass_rows: Tensor | None = None
     observer: Observer | None = None
 
     def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None,
-        softcap: float | None,
+        self, layer: int, queries: Tensor, keys: Tensor | None, values: Tensor | None, *, scale: float,
+        window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         """Append, then attend causally over the block tables."""
         layout = self.arena.layout
         stride, offset = layout.pages_per_block, layout.page_offset(layer)
-        self.kernels.append(
-            keys,
-            values,
-            self.arena.keys,
-            self.arena.values,
-            self.slots,
-            page_stride=stride,
-            page_offset=offset,
-        )
+        if keys is not None and values is not None:
+            self.kernels.append(
+                keys,
+                values,
+                self.arena.keys,
+                self.arena.values,
+                self.slots,
+                page_stride=stride,
+                page_offset=offset,
+            )
         segment = Segment(
             self.arena.keys,
             self.arena.values,
@@ -139,51 +147,9 @@ class BlockPart:
             num_kv_heads=layout.num_kv_heads,
             page_stride=stride,
             page_offset=offset,
-            mass=self.arena.columns["mass"] if self.mass else None,
+            mass=self.arena.columns["mass"] if self.mass and keys is not None else None,
         )
-        if self.observer is not None:
+        if self.observer is not None and keys is not None:
             self.observer.observe(layer, queries, keys)
-        found = self.kernels.attend(
-            queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap, mass_rows=self.mass_rows
-        )
-        return found.out
-
-
-@dataclass
-class PagePart:
-    """Decoding sequences in pages of their own: tables int32 [L, B, H, N], lengths int32 [L, B, H].
-
-    `slots` int64 [L, B, H] is where each head puts the new token (a slot in page space): at the end, or where a
-    victim was.
-    """
-
-    rows: slice
-    kernels: Kernels
-    arena: Arena
-    query_start: Tensor
-    query_positions: Tensor
-    tables: Tensor
-    lengths: Tensor
-    slots: Tensor
-    mass: bool = False
-
-    def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None,
-        softcap: float | None,
-    ) -> Tensor:  # fmt: skip
-        """Append, then attend to every slot in use: slot order is not position order, and all of it is past."""
-        self.kernels.append(keys, values, self.arena.keys, self.arena.values, self.slots[layer])
-        segment = Segment(
-            self.arena.keys,
-            self.arena.values,
-            self.tables[layer],
-            self.lengths[layer],
-            causal=False,
-            positions=self.arena.columns["positions"] if window is not None else None,
-            mass=self.arena.columns["mass"] if self.mass else None,
-        )
-        found = self.kernels.attend(
-            queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap,
-            query_positions=self.query_positions if window is not None else None,
-        )  # fmt: skip
+        found = self.kernels.attend(queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap)
         return found.out

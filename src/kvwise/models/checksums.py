@@ -16,6 +16,12 @@ def write_checksums(folder: Path, names: Sequence[str]) -> None:
     (folder / FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
+def add_checksum(folder: Path, name: str) -> None:
+    """Where `folder` has checksums, note that of the file `name` among them."""
+    if (folder / FILE).is_file():
+        write_checksums(folder, [*(known for known in _read(folder / FILE) if known != name), name])
+
+
 def verify(folder: Path) -> None:
     """UsageError unless every file that `folder` has a checksum of is there and is what it was."""
     for name, expected in _read(folder / FILE).items():

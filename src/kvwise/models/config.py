@@ -14,6 +14,8 @@ from kvwise.core.errors import UnsupportedModel, UsageError
 from kvwise.models.quiet import quiet
 
 MAX_CONFIG_BYTES = 10_000_000
+# Vision-language models that are served with images. Others load only if transformers knows them as text models too.
+VISION_TYPES = frozenset({"llava", "llava_next", "qwen2_vl", "qwen2_5_vl"})
 LANGUAGE_KEY, TOKEN_LANGUAGE = "kvwise_language", "token"
 
 # Key of a config.json -> (smallest, largest) value taken for serious. One thing has several spellings.
@@ -82,7 +84,7 @@ def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
             f"{path}: {LANGUAGE_KEY}={raw[LANGUAGE_KEY]!r} is not known: it is {TOKEN_LANGUAGE!r} or absent"
         )
     for key, value in raw.items():
-        if isinstance(value, dict) and key in ("text_config", "llm_config"):
+        if isinstance(value, dict) and key in ("text_config", "llm_config", "vision_config"):
             _check_values(path, value)
         if key not in LIMITS or value is None:
             continue
@@ -109,6 +111,7 @@ def _check_type(path: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> 
         )
     if model_type not in CONFIG_MAPPING and "auto_map" not in raw:
         raise UnsupportedModel(f"{path}: this version of transformers knows no model type {model_type!r}")
-    if model_type in CONFIG_MAPPING and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    served = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in VISION_TYPES
+    if model_type in CONFIG_MAPPING and not served:
         raise UnsupportedModel(f"{path}: model type {model_type!r} has no causal language model in transformers")
     return model_type

@@ -8,7 +8,8 @@ business: under a name that has no mask function, transformers builds no mask.
 """
 
 import inspect
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from kvwise.models.loaded import LoadedModel
 
 ATTENTION = "kvwise"
+
+
+@dataclass(frozen=True, slots=True)
+class Splice:
+    """Rows int64 [n] of a flat batch that read `features` [n, hidden] instead of their token's embedding (images)."""
+
+    rows: Tensor
+    features: Tensor
 
 
 class AttentionBatch(Protocol):
@@ -83,17 +92,23 @@ def register() -> None:
 
 
 def forward(
-    loaded: "LoadedModel", tokens: Tensor, positions: Tensor, batch: AttentionBatch, logit_rows: Tensor
+    loaded: "LoadedModel",
+    tokens: Tensor,
+    positions: Tensor,
+    batch: AttentionBatch,
+    logit_rows: Tensor,
+    splice: Splice | None = None,
 ) -> Tensor:
     """Runs one flat batch: tokens and positions int64 [T], logit_rows int64 [R] -> logits float32 [R, V].
 
-    Only the rows in `logit_rows` go through the output head; R may be 0.
+    Only the rows in `logit_rows` go through the output head; R may be 0. Positions are [3, T] where the model rotates
+    by time, height and width. `splice` gives what image tokens show.
     """
     with torch.inference_mode():
         if loaded.keeps_rows:
-            logits = _run(loaded.model, tokens, positions, batch, logits_to_keep=logit_rows)
+            logits = _run(loaded.model, tokens, positions, batch, splice, logits_to_keep=logit_rows)
         else:
-            logits = _run(loaded.model, tokens, positions, batch)[logit_rows]
+            logits = _run(loaded.model, tokens, positions, batch, splice)[logit_rows]
         return logits.float()
 
 
@@ -102,20 +117,29 @@ def keeps_rows(model: torch.nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def forward_model(model: torch.nn.Module, tokens: Tensor, positions: Tensor, batch: AttentionBatch) -> Tensor:
+def forward_model(
+    model: torch.nn.Module, tokens: Tensor, positions: Tensor, batch: AttentionBatch, splice: Splice | None = None
+) -> Tensor:
     """As `forward` for a bare module: logits float32 [T, V] of all rows."""
     with torch.inference_mode():
-        return _run(model, tokens, positions, batch).float()
+        return _run(model, tokens, positions, batch, splice).float()
 
 
 def _run(
-    model: torch.nn.Module,
+    model: Any,
     tokens: Tensor,
     positions: Tensor,
     batch: AttentionBatch,
+    splice: Splice | None,
     logits_to_keep: Tensor | None = None,
 ) -> Tensor:
     rows = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
-    out = model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, batch=batch, **rows)
+    place = positions[None] if positions.ndim == 1 else positions[:, None]
+    if splice is None:
+        inputs = {"input_ids": tokens[None]}
+    else:
+        embedded = model.get_input_embeddings()(tokens)
+        inputs = {"inputs_embeds": embedded.index_copy(0, splice.rows, splice.features)[None]}
+    out = model(**inputs, position_ids=place, use_cache=False, batch=batch, **rows)
     logits: Tensor = out.logits[0]
     return logits

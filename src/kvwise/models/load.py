@@ -9,10 +9,10 @@ import psutil
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kvwise.core.errors import UsageError
-from kvwise.models import gptneo, hook, random
+from kvwise.models import gptneo, hook, processors, random
 from kvwise.models.builtin import BUILTIN, builtin_folders
 from kvwise.models.checkpoint import Checkpoint, open_checkpoint
 from kvwise.models.checksums import verify
@@ -22,7 +22,7 @@ from kvwise.models.packed import pack
 from kvwise.models.precision import choose_dtype
 from kvwise.models.probe import probe, vocab_size
 from kvwise.models.quiet import quiet
-from kvwise.models.support import ARCHITECTURES, tiny_config
+from kvwise.models.support import tiny_config, tiny_types
 from kvwise.models.text import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, WordTokenizer
 
 RANDOM = "random:"
@@ -72,8 +72,8 @@ def _random_config(name: str) -> PreTrainedConfig:
     short = name.removeprefix(RANDOM)
     if short in random.RANDOM_MODELS:
         return random.RANDOM_MODELS[short]()
-    if short.endswith("-tiny") and short.removesuffix("-tiny") in ARCHITECTURES:
-        return tiny_config(short.removesuffix("-tiny"))
+    if short.endswith("-tiny") and (model_type := tiny_types().get(short.removesuffix("-tiny"))):
+        return tiny_config(model_type)
     known = ", ".join(random.RANDOM_MODELS)
     raise UsageError(f"no random model is called {short!r}: known are {known}, and <model type>-tiny of docs/models.md")
 
@@ -85,8 +85,9 @@ def _load_random(name: str, config: PreTrainedConfig, dtype: str, device: torch.
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise UsageError(f"no model can be built from the config of {name}: {one_line(error)}") from error
     model = _moved(model, device, chosen)
-    tokenizer = ByteTokenizer(vocab_size(model))
-    return _finish(name, random.revision(config, seed), model, tokenizer)
+    processor, num_ids = processors.default_processor(config), vocab_size(model)
+    tokenizer = ByteTokenizer(num_ids) if processor is None else processors.marked_tokenizer(config, num_ids)
+    return _finish(name, random.revision(config, seed), model, tokenizer, processor)
 
 
 def _load_builtin(name: str, dtype: str, device: torch.device) -> LoadedModel:
@@ -110,23 +111,24 @@ def _load_folder(
     _check_fits(name, checkpoint.num_elements, chosen, device)
     model = _moved(_read_weights(checkpoint, config, chosen, trust_remote_code), device, chosen)
     tokenizer = _tokenizer(checkpoint, model, trust_remote_code)
+    processor = processors.folder_processor(folder, config)
     revision = commit or checkpoint.fingerprint()
     if checkpoint.stamps() != before:
         raise UsageError(f"{folder} changed while it was being loaded: load it again when it is complete")
-    return _finish(name, revision, model, tokenizer)
+    return _finish(name, revision, model, tokenizer, processor, folder)
 
 
 def _read_weights(
     checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    auto: Any = AutoModelForCausalLM
+    auto = processors.auto_class(config)
     try:
         with quiet():
             model, info = auto.from_pretrained(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation="eager",
+                attn_implementation=processors.plain_attention(config),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -175,7 +177,8 @@ def _tokenizer(checkpoint: Checkpoint, model: PreTrainedModel, trust_remote_code
     num_ids = vocab_size(model)
     if not checkpoint.has_tokenizer:
         _log.warning("%s has no tokenizer: text is read and written as UTF-8 bytes", checkpoint.folder)
-        return ByteTokenizer(num_ids)
+        takes_images = processors.takes_images(model.config)
+        return processors.marked_tokenizer(model.config, num_ids) if takes_images else ByteTokenizer(num_ids)
     words = speaks_tokens(model.config)
     # For Qwen2's architecture AutoTokenizer takes Qwen2's class, whatever class the folder names.
     kind: Any = PreTrainedTokenizerFast if words else AutoTokenizer
@@ -204,12 +207,16 @@ def _check_fits(name: str, num_elements: int, dtype: torch.dtype, device: torch.
         )
 
 
-def _finish(name: str, revision: str, model: PreTrainedModel, tokenizer: Tokenizer) -> LoadedModel:
+def _finish(
+    name: str, revision: str, model: PreTrainedModel, tokenizer: Tokenizer, processor: Any = None,
+    folder: Path | None = None,
+) -> LoadedModel:  # fmt: skip
     parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
     weight_bytes = sum(parameter.nbytes for parameter in parameters)
     num_parameters = sum(parameter.numel() for parameter in parameters)
     del parameters  # packing lets go of weights one by one
-    layers = probe(model, lambda: _install(model), name)
+    vision = processors.make_vision(model, processor, tokenizer)
+    layers = probe(model, lambda: _install(model), name, vision)
     config: Any = model.config.get_text_config()
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return LoadedModel(
@@ -231,6 +238,8 @@ def _finish(name: str, revision: str, model: PreTrainedModel, tokenizer: Tokeniz
         dtype=model.dtype,
         device=model.device,
         keeps_rows=hook.keeps_rows(model),
+        vision=vision,
+        folder=folder,
     )
 
 
@@ -238,6 +247,8 @@ def _install(model: PreTrainedModel) -> None:
     hook.register()
     if model.config.model_type == "gpt_neo":
         gptneo.adapt(model)
+    elif processors.takes_images(model.config):
+        model.set_attn_implementation({"text_config": hook.ATTENTION})  # what sees keeps attention of its own
     else:
         model.set_attn_implementation(hook.ATTENTION)
     pack(model)  # the probe, which is about to run, proves these layers too
@@ -260,7 +271,9 @@ def _max_model_len(config: Any, name: str) -> int:
 def _eos(model: PreTrainedModel) -> tuple[int, ...]:
     generation = model.generation_config
     found = generation.eos_token_id if generation is not None else None
-    found = model.config.eos_token_id if found is None else found
+    untyped: Any = model.config
+    for config in (untyped, untyped.get_text_config()):
+        found = getattr(config, "eos_token_id", None) if found is None else found
     if found is None:
         return ()
     return tuple(found) if isinstance(found, list) else (int(found),)

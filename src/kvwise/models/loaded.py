@@ -1,6 +1,7 @@
 """A model ready to be served: the module with its attention hooked, and the facts the engine needs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvwise.models.config import speaks_tokens
 from kvwise.models.text import Tokenizer
+from kvwise.models.vision import Vision
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A causal LM whose attention goes to the `batch` of `models.hook.forward`.
+    """A causal LM, perhaps with eyes, whose attention goes to the `batch` of `models.hook.forward`.
 
     Made by `load_model`. `revision` names config and weights: equal revisions mean equal KV for equal tokens
     (with `name` and `dtype` it is the model's part of a block's identity). `weight_bytes` counts tied weights
@@ -50,6 +52,8 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     keeps_rows: bool  # the model's forward takes `logits_to_keep`
+    vision: Vision | None = None  # None: it reads text only
+    folder: Path | None = None  # where its files lie; None: it was made from a config
 
     @property
     def speaks_tokens(self) -> bool:

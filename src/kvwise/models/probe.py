@@ -2,11 +2,13 @@
 
 Two short sequences go through the hooked model as one flat batch, with a plain dense attention behind the
 hook. Every layer must call once, in order, with one shape of KV; and the logits must be those of the same
-model with its own attention. Architectures that keep attention tables of their own, hybrids with state-space
-layers, position biases and attention sinks all show here, whatever they are called.
+model with its own attention. A model that takes images is given one more sequence, with an image in it.
+Architectures that keep attention tables of their own, hybrids with state-space layers, position biases and
+attention sinks all show here, whatever they are called.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from transformers import PreTrainedModel
 
 from kvwise.core.errors import UnsupportedModel
 from kvwise.models.config import one_line
-from kvwise.models.hook import forward_model
+from kvwise.models.hook import Splice, forward_model
 from kvwise.models.loaded import LayerAttention
 from kvwise.models.quiet import quiet
+from kvwise.models.vision import Placed, Vision
 
 LENGTHS = (7, 4)  # tokens of the two sequences
 TOLERANCE = {
@@ -62,16 +65,16 @@ def vocab_size(model: PreTrainedModel) -> int:
     return int(embedding.weight.shape[0])
 
 
-def probe(model: PreTrainedModel, install: Callable[[], None], name: str) -> tuple[LayerAttention, ...]:
+def probe(
+    model: PreTrainedModel, install: Callable[[], None], name: str, vision: Vision | None = None
+) -> tuple[LayerAttention, ...]:
     """Compares `model` before and after `install` hooked it: its layers, or UnsupportedModel."""
-    vocab = vocab_size(model)
-    generator = torch.Generator().manual_seed(0)
-    sequences = [torch.randint(vocab, (length,), generator=generator).to(model.device) for length in LENGTHS]
+    sequences = _sequences(model, vision)
     plain = _run_plain(model, sequences, name)
     try:
         with quiet():
             install()
-            batch, logits = _run_hooked(model, sequences)
+            batch, logits = _run_hooked(model, sequences, vision)
     except Exception as error:  # somebody's model code, called in a way it may not know
         raise UnsupportedModel(f"{_hooked(model, name)}: {one_line(error)}") from error
     layers = _check_calls(model, name, batch)
@@ -84,16 +87,51 @@ def probe(model: PreTrainedModel, install: Callable[[], None], name: str) -> tup
     return layers
 
 
-def _run_plain(model: PreTrainedModel, sequences: list[Tensor], name: str) -> Tensor:
-    """Logits [sum of LENGTHS, V] of the model with its own attention, one sequence at a time."""
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """Tokens int64 [n] of one sequence, on the model's device, and the image in it."""
+
+    tokens: Tensor
+    placed: Placed | None = None
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What transformers' own forward is given."""
+        device = self.tokens.device
+        inputs = {"input_ids": self.tokens[None]}
+        if self.placed is not None:
+            inputs |= {key: value.to(device) for key, value in self.placed.pictures[0].inputs.items()}
+            if self.placed.positions is not None:
+                ((start, stop),) = self.placed.spans
+                kinds = torch.zeros_like(self.tokens)
+                kinds[start:stop] = 1
+                inputs["mm_token_type_ids"] = kinds[None]
+        return inputs
+
+
+def _sequences(model: PreTrainedModel, vision: Vision | None) -> list[_Sequence]:
+    vocab, generator = vocab_size(model), torch.Generator().manual_seed(0)
+    drawn = [torch.randint(vocab, (length,), generator=generator) for length in LENGTHS]
+    if vision is None:
+        return [_Sequence(tokens.to(model.device)) for tokens in drawn]
+    drawn = [torch.where(tokens == vision.token, (tokens + 1) % vocab, tokens) for tokens in drawn]
+    image = torch.randint(256, (48, 64, 3), generator=generator, dtype=torch.uint8).numpy()
+    first = drawn[0].tolist()
+    tokens, placed = vision.place([*first[:3], vision.token, *first[3:]], [vision.read(image)])
+    shown = _Sequence(torch.tensor(tokens, device=model.device), placed)
+    return [shown, *(_Sequence(tokens.to(model.device)) for tokens in drawn)]
+
+
+def _run_plain(model: PreTrainedModel, sequences: list[_Sequence], name: str) -> Tensor:
+    """Logits [T, V] of the model with its own attention, one sequence at a time."""
     try:
         with torch.inference_mode(), quiet():
-            return torch.cat([model(input_ids=tokens[None], use_cache=False).logits[0].float() for tokens in sequences])
+            return torch.cat([model(**one.inputs(), use_cache=False).logits[0].float() for one in sequences])
     except Exception as error:  # somebody's model code, of somebody's config
         raise UnsupportedModel(f"{name} does not run with plain transformers: {one_line(error)}") from error
 
 
-def _run_hooked(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[ProbeBatch, Tensor]:
+def _run_hooked(model: PreTrainedModel, sequences: list[_Sequence], vision: Vision | None) -> tuple[ProbeBatch, Tensor]:
+    splice = None if vision is None else _splice(vision, sequences[0])
     stack: list[nn.Module] = []
     handles = [
         handle
@@ -104,14 +142,30 @@ def _run_hooked(model: PreTrainedModel, sequences: list[Tensor]) -> tuple[ProbeB
         )
     ]
     # Attention is called from its module's own forward: the innermost module in progress made the call.
-    batch = ProbeBatch(LENGTHS, lambda: stack[-1])
-    positions = torch.cat([torch.arange(len(tokens), device=tokens.device) for tokens in sequences])
+    batch = ProbeBatch(tuple(len(one.tokens) for one in sequences), lambda: stack[-1])
+    tokens = torch.cat([one.tokens for one in sequences])
+    positions = torch.cat([_positions(one, sequences[0]) for one in sequences], -1).to(model.device)
     try:
-        logits = forward_model(model, torch.cat(sequences), positions, batch)
+        logits = forward_model(model, tokens, positions, batch, splice)
     finally:
         for handle in handles:
             handle.remove()
     return batch, logits
+
+
+def _splice(vision: Vision, shown: _Sequence) -> Splice:
+    assert shown.placed is not None
+    ((start, stop),) = shown.placed.spans
+    rows = torch.arange(start, stop, device=shown.tokens.device)
+    return Splice(rows, vision.features(shown.placed.pictures[0]))
+
+
+def _positions(one: _Sequence, first: _Sequence) -> Tensor:
+    """[n], or [3, n] if those of the first sequence, the one with an image, are."""
+    if one.placed is not None and one.placed.positions is not None:
+        return torch.from_numpy(one.placed.positions)
+    plain = torch.arange(len(one.tokens))
+    return plain if first.placed is None or first.placed.positions is None else plain.expand(3, -1)
 
 
 def _pop(stack: list[nn.Module]) -> None:

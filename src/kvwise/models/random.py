@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GPTNeoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from kvwise.models.processors import auto_class, plain_attention
 from kvwise.models.quiet import quiet
 from kvwise.models.text import BOS, EOS, NUM_BYTES, PAD
 
@@ -80,7 +81,7 @@ def build(config: PreTrainedConfig, seed: int, check_size: Callable[[int], None]
 
     `check_size` is given the number of parameters before memory is taken, and may raise.
     """
-    auto: Any = AutoModelForCausalLM
+    auto = auto_class(config)
     with quiet():
         with torch.device("meta"):
             shell = auto.from_config(config)
@@ -88,7 +89,7 @@ def build(config: PreTrainedConfig, seed: int, check_size: Callable[[int], None]
         # Norms are left out: transformers gives them their neutral value, which is not always 1.
         weights = _draw_all(shell, torch.Generator().manual_seed(seed))
         built = type(shell).from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation="eager"
+            None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation=plain_attention(config)
         )
     model: PreTrainedModel = built.eval()
     return model
@@ -112,11 +113,13 @@ def _draw_all(shell: PreTrainedModel, generator: torch.Generator) -> dict[str, T
     weights = {}
     for path, module in shell.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if (parameter.ndim < 2 and name != "bias") or (module is head and tied):
+            if (parameter.ndim < 2 and name == "weight") or (module is head and tied):
                 continue
             weight = torch.empty(parameter.shape).normal_(generator=generator)
             if name == "bias":
                 weight *= _BIAS_STD
+            elif parameter.ndim < 2:  # a token of its own: a class token, the end of a row of an image
+                weight *= token_std
             elif module is embedding:
                 weight = _shape_bytes(weight * token_std) if tied else weight * token_std
             elif module is head:
@@ -138,7 +141,7 @@ def _query_key_gain(config: PreTrainedConfig) -> float:
 
 
 def _fan_in(module: nn.Module, weight: Tensor) -> int:
-    return weight.shape[0] if isinstance(module, Conv1D) else weight.shape[-1]
+    return weight.shape[0] if isinstance(module, Conv1D) else weight[0].numel()  # of a convolution, all it covers
 
 
 def _shape_bytes(rows: Tensor) -> Tensor:

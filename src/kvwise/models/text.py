@@ -1,5 +1,6 @@
 """Text on both ends of the engine, which itself speaks token ids only."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -71,6 +72,29 @@ class ByteTokenizer:
         """`role: content` lines. A template as plain as the tokenizer."""
         turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         return self.encode(f"{turns}assistant: ")
+
+
+class MarkedByteTokenizer(ByteTokenizer):
+    """A byte tokenizer in which some texts stand for one token each: `marks`, such as {"<image>": 259}."""
+
+    def __init__(self, vocab_size: int, marks: Mapping[str, int]) -> None:
+        super().__init__(vocab_size)
+        self._marks = dict(marks)
+        self._pattern = re.compile("|".join(f"({re.escape(mark)})" for mark in marks))
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """As ByteTokenizer, but a mark is its token."""
+        tokens = super().encode("", add_special=add_special)
+        start = 0
+        for found in self._pattern.finditer(text):
+            tokens += super().encode(text[start : found.start()], add_special=False)
+            tokens.append(self._marks[found.group()])
+            start = found.end()
+        return tokens + super().encode(text[start:], add_special=False)
+
+    def name(self, token: int) -> str:
+        """The mark that stands for `token`."""
+        return next(mark for mark, value in self._marks.items() if value == token)
 
 
 class HuggingFaceTokenizer:

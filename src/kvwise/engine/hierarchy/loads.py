@@ -56,11 +56,11 @@ class Loads:
 
     # -- admission ----------------------------------------------------------------------------------------------
 
-    def find(self, sequence: Seq, num_on_device: int) -> list[StoredBlock]:
-        """The blocks right behind the first `num_on_device` tokens that are below, leaving one token to compute."""
+    def find(self, sequence: Seq, num_on_device: int, num_last: int = 1) -> list[StoredBlock]:
+        """The blocks right behind the first `num_on_device` tokens that are below; `num_last` are left to compute."""
         if sequence.declines_loading or sequence.keys is None or self.method.codec is None:
             return []
-        limit = (len(sequence.tokens) - 1) // self._size
+        limit = (len(sequence.tokens) - num_last) // self._size
         return self.hierarchy.find(sequence.keys.chain[num_on_device // self._size : limit])
 
     def begin(self, sequence: Seq, stored: Sequence[StoredBlock]) -> None:

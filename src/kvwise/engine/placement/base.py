@@ -19,8 +19,8 @@ class Placement(Protocol):
     wants_mass: bool  # whether prefill must accumulate the attention each token receives
     looks_ahead: bool  # whether its parts want to see a layer's query before the layer runs
 
-    def observed_rows(self, num_prompt: int) -> int | None:
-        """Of a prompt's rows, how many of the last count towards the mass; None: every row, also those behind it."""
+    def observed_rows(self, sequence: Seq) -> int:
+        """Of a prompt's last rows, how many must be computed even if their KV is known: a method looks at them."""
         ...
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:

@@ -14,9 +14,9 @@ class BlockPlacement:
     wants_mass = False
     looks_ahead = False
 
-    def observed_rows(self, num_prompt: int) -> int | None:
-        """No mass is wanted."""
-        return None
+    def observed_rows(self, sequence: Seq) -> int:
+        """None."""
+        return 0
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
         """The pool's own limit is all there is."""

@@ -10,7 +10,7 @@ from kvwise.cache.manager import CacheManager
 from kvwise.core.clock import Clock
 from kvwise.core.config import EngineConfig
 from kvwise.core.errors import UnsupportedModel, UsageError
-from kvwise.core.layout import KVLayout
+from kvwise.core.layout import KVLayout, LayerMap
 from kvwise.core.strategy import Strategy
 from kvwise.engine.calibrate import calibrate, sample_blocks
 from kvwise.engine.hierarchy.build import link_names, make_hierarchy, make_tiers
@@ -27,12 +27,13 @@ from kvwise.engine.placement.recall_tiers import RecallTiers
 from kvwise.engine.sizing import kv_dtype, max_model_len, num_device_blocks, num_host_blocks
 from kvwise.kernels import kernels_for
 from kvwise.kernels.base import Kernels
+from kvwise.methods.encoding.base import Encoding, EncodingShape
 from kvwise.methods.loading.base import Loading
-from kvwise.methods.retention.base import Retention
+from kvwise.methods.retention.base import ResidualShape, Retention
 from kvwise.methods.selection.base import IndexShape, Selection
 from kvwise.models.loaded import LoadedModel
 from kvwise.policies.lru import LRU
-from kvwise.tiers.arena import Arena, block_bytes
+from kvwise.tiers.arena import Arena, block_bytes, packed_per_block
 from kvwise.tiers.codec.base import Codec
 from kvwise.tiers.link import Link
 
@@ -60,28 +61,64 @@ def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, c
     """Size and allocate the device pool, and whatever the strategy needs beside it."""
     _check_tiers(strategy, config)
     dtype = kv_dtype(loaded, config)
-    layout = KVLayout(loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, config.block_size, dtype.itemsize)
-    retention, selection, loading = strategy.retention, strategy.selection, strategy.loading
-    assert isinstance(retention, Retention) and isinstance(selection, Selection) and isinstance(loading, Loading)
-    limited = retention.capacity(1) is not None
-    columns = (["positions"] if limited else []) + (["mass"] if limited and retention.needs_mass else [])
-    num_blocks = num_device_blocks(loaded, config, layout, block_bytes(layout, columns))
-    arena = Arena(layout, num_blocks, dtype, loaded.device, columns)
+    retention, selection = strategy.retention, strategy.selection
+    encoding, loading = strategy.encoding, strategy.loading
+    assert isinstance(retention, Retention) and isinstance(selection, Selection)
+    assert isinstance(encoding, Encoding) and isinstance(loading, Loading)
+    shape = EncodingShape(
+        loaded.num_layers, loaded.num_kv_heads, loaded.head_dim, dtype, config.block_size, loaded.name, loaded.folder
+    )
+    layout = _layout(shape, encoding)
+    page_format = encoding.page_format(shape)
+    columns = _columns(retention)
+    num_blocks = num_device_blocks(loaded, config, layout, block_bytes(layout, columns, page_format))
+    arena = Arena(layout, num_blocks, dtype, loaded.device, columns, page_format)
     sharing = strategy.reuse.name == "prefix"
     kernels = kernels_for(loaded.device, config.kernels)
     tiers = make_tiers(config, layout, clock)
     codec = _codec(loaded, loading, layout, kernels, tiers, _identity(loaded, layout, dtype))
     identity = _identity(loaded, layout, dtype, codec)
-    cache = _manager(loaded, config, layout, num_blocks, clock, identity, sharing=sharing)
+    num_packed = 0 if page_format is None else packed_per_block(layout, page_format)
+    cache = _manager(loaded, config, layout, num_blocks, clock, identity, sharing=sharing, packed_per_block=num_packed)
     placement: Placement
-    if limited:
-        placement = PagePlacement(retention, cache, arena, kernels, config.max_num_seqs)
-    elif not selection.default:
+    if not selection.default:
         placement = _recall(loaded, selection, config, layout, dtype, clock, cache, arena, kernels)
+    elif retention.drops or page_format is not None:
+        placement = _pages(loaded, retention, encoding, config, cache, arena, kernels)
     else:
         placement = BlockPlacement()
     loads = None if codec is None else _loads(loading, config, clock, cache, arena, codec, identity, tiers)
     return Memory(layout, cache, arena, kernels, placement, loads)
+
+
+def _layout(shape: EncodingShape, encoding: Encoding) -> KVLayout:
+    """Blocks of the layers that store KV."""
+    layers = LayerMap(encoding.layer_map(shape))
+    return KVLayout(
+        len(layers.stored), shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype.itemsize, layers
+    )
+
+
+def _columns(retention: Retention) -> list[str]:
+    """What must be known of each token beside its keys and values."""
+    if not retention.drops:
+        return []
+    received = ["mass"] if retention.needs_mass or retention.marks_rows else []
+    return ["positions", *received, *(["marked"] if retention.marks_rows else [])]
+
+
+def _pages(
+    loaded: LoadedModel, retention: Retention, encoding: Encoding, config: EngineConfig, cache: CacheManager,
+    arena: Arena, kernels: Kernels,
+) -> PagePlacement:  # fmt: skip
+    layout = arena.layout
+    shape = ResidualShape(
+        config.max_num_seqs, layout.num_layers, loaded.num_query_heads, layout.num_kv_heads, layout.head_dim,
+        loaded.device, loaded.name, loaded.folder,
+    )  # fmt: skip
+    residual = retention.residual(shape) if retention.drops else None
+    layers = [loaded.layers[layer] for layer in layout.layers.stored]
+    return PagePlacement(retention, encoding, cache, arena, kernels, layers, config.max_num_seqs, residual)
 
 
 def _check_tiers(strategy: Strategy, config: EngineConfig) -> None:
@@ -129,6 +166,7 @@ def _identity(loaded: LoadedModel, layout: KVLayout, dtype: torch.dtype, codec: 
         dtype=f"{loaded.dtype}/{dtype}",
         block_size=layout.block_size,
         num_layers=layout.num_layers,
+        layers=str(layout.layers),
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
         positions="absolute",
@@ -138,7 +176,7 @@ def _identity(loaded: LoadedModel, layout: KVLayout, dtype: torch.dtype, codec: 
 
 def _manager(
     loaded: LoadedModel, config: EngineConfig, layout: KVLayout, num_blocks: int, clock: Clock, identity: Identity,
-    *, sharing: bool,
+    *, sharing: bool, packed_per_block: int = 0,
 ) -> CacheManager:  # fmt: skip
     return CacheManager(
         num_blocks=num_blocks,
@@ -150,6 +188,7 @@ def _manager(
         identity=identity,
         policy=LRU(num_blocks),
         clock=clock,
+        packed_per_block=packed_per_block,
         quotas={t: max(1, limit // layout.block_bytes) for t, limit in config.tenant_quotas.items()} if sharing else {},
     )
 

@@ -1,4 +1,4 @@
-"""Pages per layer and head: after prefill only the kept tokens stay, and while decoding a victim makes room."""
+"""Pages per layer and head: after prefill only what stays is held, packed if it is encoded; later victims make room."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,63 +8,92 @@ from torch import Tensor
 
 from kvwise.cache.manager import CacheManager
 from kvwise.engine.placement.base import Failure
-from kvwise.engine.placement.compact import compact, slots_of
+from kvwise.engine.placement.evicting import Evictor
+from kvwise.engine.placement.observed import ObservedQueries
+from kvwise.engine.placement.page_part import PagePart
+from kvwise.engine.placement.page_state import UNLIMITED, Counts, PageState
+from kvwise.engine.placement.sealing import Sealer
+from kvwise.engine.placement.settling import Settler, counts_of
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.kernels.base import Kernels
-from kvwise.methods.retention.base import DecodeView, PromptView, Retention
-from kvwise.models.attention import Observer, PagePart
+from kvwise.methods.encoding.base import Encoding
+from kvwise.methods.retention.base import Kept, Residual, Retention
+from kvwise.models.attention import Observer
+from kvwise.models.loaded import LayerAttention
 from kvwise.tiers.arena import Arena
+
+Pages = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 class PagePlacement:
-    """Carries out a retention method.
+    """Carries out a retention method and an encoding.
 
-    A request has the pages of its capacity for good, or, where the method lets the cache grow, one more whenever its
-    output has filled the last. State is batched over the cache manager's rows R: page tables int32 [R, L, H, N],
-    `used` slots int32 [R, L, H] and `write` int32 [R, L, H], the slot index where the next token goes: at the end, or
-    where the victim was.
+    A head that may hold a fixed number of tokens has all its pages for good; one that grows, or whose tokens are
+    packed in time, gets a page whenever the last is full. See `PageState` for where a token lies.
     """
 
     settles = True
     looks_ahead = False
 
     def __init__(
-        self, retention: Retention, cache: CacheManager, arena: Arena, kernels: Kernels, max_rows: int
-    ) -> None:
+        self, retention: Retention, encoding: Encoding, cache: CacheManager, arena: Arena, kernels: Kernels,
+        layers: Sequence[LayerAttention], max_rows: int, residual: Residual | None = None,
+    ) -> None:  # fmt: skip
         self._retention = retention
+        self._encoding = encoding
         self._cache = cache
         self._arena = arena
         self._kernels = kernels
-        self.wants_mass = retention.needs_mass
-        self._ranks_victims = retention.needs_mass and not retention.grows  # while decoding, by mass
-        layout = arena.layout
-        self._shape = (layout.num_layers, layout.num_kv_heads)
+        self._residual = residual
+        self.wants_mass = retention.needs_mass and retention.drops
+        self._tracks_mass = retention.drops and (retention.marks_rows or (self.wants_mass and retention.tracks_mass))
         self._device = arena.keys.device
-        self._tables = torch.zeros((max_rows, *self._shape, 1), dtype=torch.int32, device=self._device)
-        self._used = torch.zeros((max_rows, *self._shape), dtype=torch.int32, device=self._device)
-        self._write = torch.zeros_like(self._used)
-        self._capacity = torch.zeros(max_rows, dtype=torch.int32, device=self._device)
-        self._pages_held = np.zeros(max_rows, dtype=np.int64)  # by each head of a row
+        self._size = arena.layout.block_size
+        self._shape = (arena.layout.num_layers, arena.layout.num_kv_heads)
+        self._state = PageState(arena.layout, max_rows, self._device)
+        self._sealer = None if arena.packed is None else Sealer(encoding, cache, arena, kernels, self._state)
+        self._observed = ObservedQueries(self.observed_rows)
+        self._settler = Settler(retention, arena, kernels, layers, self._observed)
+        group = layers[0].num_query_heads // layers[0].num_kv_heads
+        self._evictor = Evictor(retention, cache, arena, kernels, self._state, self._sealer, residual, group)
+        self._quiet = np.zeros(max_rows, np.int64)  # tokens a row can still add before anything must be made room for
 
-    def observed_rows(self, num_prompt: int) -> int | None:
-        """As the method says."""
-        return self._retention.observed_rows(num_prompt)
+    # -- what it may hold ---------------------------------------------------------------------------------------
+
+    def observed_rows(self, sequence: Seq) -> int:
+        """Of the prompt's last rows, as many as either method looks at."""
+        num_prompt = sequence.num_prompt
+        kept = self._retention.observed_rows(num_prompt, sequence.image_spans) if self._retention.drops else 0
+        return min(num_prompt, max(kept, self._encoding.observed_rows))
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
         """The pool must hold all a head may ever keep, and the token being added (a window can outgrow the prompt)."""
         layout = self._arena.layout
         most = self._most(num_prompt, num_tokens)
-        if layout.num_blocks_for(most) <= self._arena.num_blocks:
+        if self._num_blocks(most) <= self._arena.num_blocks:
             return None
         return (
             f"{self._retention} keeps up to {most} tokens of a prompt of {num_prompt} tokens and its output, and the "
             f"pool holds {self._arena.num_blocks * layout.block_size}: raise kv_cache_memory_bytes or keep fewer"
         )
 
+    def _num_blocks(self, num_tokens: int) -> int:
+        """Whole blocks whose memory `num_tokens` tokens a head take, packed as far as they are due."""
+        layout = self._arena.layout
+        if self._sealer is None:
+            return layout.num_blocks_for(num_tokens)
+        count = torch.full(self._shape, num_tokens)
+        keys = self._encoding.keys_due(count, settling=True)
+        values = self._encoding.values_due(count, settling=True)
+        num_packed = int((-(-keys // self._sealer.page_tokens)).sum())
+        num_open = int((-(-(count - values + self._size) // self._size)).sum())
+        return -(-num_packed // (2 * self._sealer.packed.per_half)) - (-num_open // layout.pages_per_block)
+
     def _most(self, num_prompt: int, num_tokens: int) -> int:
         """Slots a head of a request of `num_prompt` tokens that may grow to `num_tokens` can need at once."""
         capacity = self._retention.capacity(num_prompt)
-        assert capacity is not None
+        if capacity is None:
+            return num_tokens
         if self._retention.grows:
             return min(capacity, num_prompt) + num_tokens - num_prompt
         return min(capacity, num_tokens) + 1
@@ -75,115 +104,162 @@ class PagePlacement:
 
     def fork(self, source: Seq, sibling: Seq) -> bool:
         """Nothing is held outside the pool: masses are forked with the blocks they lie beside."""
+        self._observed.fork(source, sibling)
         return True
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
-        """Nobody looks: the mass column sees every row."""
+        """Remembers the rows that methods look at."""
+        if any(self.observed_rows(sequence) for sequence, _ in prefills):
+            return _RowObserver(self._observed, prefills)
         return None
 
     # -- after prefill ------------------------------------------------------------------------------------------
 
     def settle(self, sequence: Seq) -> bool:
-        """Keep what the method keeps: move those slots together and free every other page."""
-        assert sequence.row is not None
-        num_tokens = sequence.num_computed
-        blocks = self._block_table(sequence.row, num_tokens)
-        kept = self._kept(blocks, sequence)
-        num_pages = self._num_pages(sequence)
-        pages = self._cache.paginate(sequence.row, self._each_head(num_pages))
-        if pages is None:
+        """Keep what the method keeps, free every other page, and pack what is due.
+
+        Where room gives out half-way, what has moved stays moved, and the next call goes on from there.
+        """
+        row = sequence.row
+        assert row is not None
+        if not self._cache.holds_pages(row) and not self._rearrange(sequence, row):
             return False
-        tables = torch.from_numpy(pages).to(self._device)
-        compact(self._arena, self._kernels, kept, blocks, tables)
-        self._cache.finish_paginate(sequence.row)
-        counts = kept.sum(-1)
-        self._remember(sequence, tables, counts)
-        self._attest(sequence, num_tokens, counts, tables)
+        if self._sealer is not None and not self._pack_prompt(row):
+            return False
+        self._quiet[row] = 0
+        self._observed.forget(sequence)
+        self._attest_settled(sequence, row)
         return True
 
-    def _block_table(self, row: int, num_tokens: int) -> Tensor:
-        num_blocks = self._arena.layout.num_blocks_for(num_tokens)
-        return torch.from_numpy(self._cache.tables[row, :num_blocks].astype(np.int64)).to(self._device)
+    def _rearrange(self, sequence: Seq, row: int) -> bool:
+        num_blocks = self._arena.layout.num_blocks_for(sequence.num_computed)
+        blocks = torch.from_numpy(self._cache.tables[row, :num_blocks].astype(np.int64)).to(self._device)
+        prompt = self._settler.prompt(sequence, blocks)
+        kept = self._settler.ask(sequence, prompt)
+        counts, limit = counts_of(kept.mask), self._limit(kept)
+        pages = self._cache.paginate(row, self._first_pages(sequence, counts, limit))
+        if pages is None:
+            return False
+        if self._sealer is not None:
+            view = self._settler.channel_view(sequence, prompt, self._encoding.observed_rows)
+            self._sealer.note_channels(row, self._encoding.channels(view))
+        self._evictor.leave_prompt(row, kept, prompt)
+        self._settler.move(kept, prompt, torch.from_numpy(pages).to(self._device))
+        self._cache.finish_paginate(row)
+        self._state.start(row, counts, limit)
+        self._state.note_tables(row, pages)
+        if kept.marks is not None:
+            self._state.marks[row] = kept.marks.float()
+        self._attest_kept(sequence, kept, counts)
+        return True
 
-    def _kept(self, blocks: Tensor, sequence: Seq) -> Tensor:
-        """bool [L, H, T]: what the method keeps, checked against its capacity."""
-        num_tokens, num_prompt = sequence.num_computed, sequence.num_prompt
-        mass = None
-        if self.wants_mass:
-            column = self._arena.by_block("mass")[blocks]  # [N, L * H, block_size]
-            mass = column.transpose(0, 1).reshape(*self._shape, -1)[..., :num_tokens]
-        positions = torch.arange(num_tokens, dtype=torch.int32, device=self._device)
-        capacity = self._retention.capacity(num_prompt)
-        assert capacity is not None
-        kept = self._retention.keep(PromptView(num_tokens, num_prompt, capacity, self._shape, positions, mass))
-        allowed = capacity + (num_tokens - num_prompt if self._retention.grows else 0)
-        most = int(kept.sum(-1).max())
-        if kept.shape != (*self._shape, num_tokens) or most > max(allowed, 0):
-            raise ValueError(
-                f"{self._retention.name} kept {most} of {num_tokens} tokens as {tuple(kept.shape)}; "
-                f"at most {allowed} per layer and head may stay, told as a mask of {(*self._shape, num_tokens)}"
-            )
-        return kept
+    def _limit(self, kept: Kept) -> Counts:
+        if kept.limit is None:
+            return np.full(self._shape, UNLIMITED, np.int32)
+        limit: Counts = np.maximum(kept.limit.cpu().numpy(), 1).astype(np.int32)
+        return limit
 
-    def _num_pages(self, sequence: Seq) -> int:
-        """Pages of a head: for all it may ever hold, or where the cache grows for the tokens there are."""
-        grown = sequence.num_prompt + sequence.params.max_tokens
-        most = self._most(sequence.num_prompt, len(sequence.tokens) if self._retention.grows else grown)
-        return self._arena.layout.num_blocks_for(most)
+    def _first_pages(self, sequence: Seq, counts: Counts, limit: Counts) -> Pages:
+        """Pages of each head: for all it may ever hold, or for the tokens there are and the next."""
+        wanted = counts.astype(np.int64) + 1
+        if self._sealer is None:
+            longest = sequence.num_prompt + sequence.params.max_tokens
+            final = np.minimum(limit.astype(np.int64), longest) + 1
+            wanted = np.where(limit < UNLIMITED, np.maximum(final, counts), wanted)
+        return np.asarray(-(-wanted // self._size))
 
-    def _each_head(self, num_pages: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-        return np.full(self._shape, num_pages, dtype=np.int64)
-
-    def _remember(self, sequence: Seq, tables: Tensor, counts: Tensor) -> None:
-        row, capacity = sequence.row, self._retention.capacity(sequence.num_prompt)
-        assert row is not None and capacity is not None
-        self._note_tables(row, tables)
-        self._used[row] = counts
-        self._write[row] = counts
-        self._capacity[row] = torch.iinfo(torch.int32).max if self._retention.grows else capacity
-
-    def _note_tables(self, row: int, tables: Tensor) -> None:
-        num_entries = tables.shape[-1]
-        if num_entries > self._tables.shape[-1]:
-            grown = self._tables.new_zeros((*self._tables.shape[:-1], num_entries))
-            grown[..., : self._tables.shape[-1]] = self._tables
-            self._tables = grown
-        self._tables[row, ..., :num_entries] = tables
-        self._pages_held[row] = num_entries
-
-    def _attest(self, sequence: Seq, num_tokens: int, counts: Tensor, tables: Tensor) -> None:
-        layout = self._arena.layout
-        dropped = num_tokens * counts.numel() - int(counts.sum())
-        held_before = layout.num_blocks_for(num_tokens) * layout.pages_per_block
-        attestation = sequence.attestation
-        attestation.tokens_dropped += dropped
-        attestation.bytes_freed += max(0, held_before - tables.numel()) * layout.page_bytes
-        attestation.did[self._retention.name] = attestation.did.get(self._retention.name, 0) + dropped
+    def _pack_prompt(self, row: int) -> bool:
+        """Pack layer by layer, and free each layer's pages before the next needs its packed ones."""
+        sealer, state = self._sealer, self._state
+        assert sealer is not None
+        every = state.all_heads(np.array([row]))
+        for layer in range(self._shape[0]):
+            keys, values = sealer.due(row, settling=True)
+            mine = every.layers == layer
+            wanted = sealer.pages_after(row, np.where(np.arange(self._shape[0])[:, None] == layer, keys, 0))
+            if not sealer.reserve(row, wanted):
+                return False
+            heads = every[np.flatnonzero(mine)]
+            sealer.seal(heads, keys[layer].astype(np.int64), values[layer].astype(np.int64))
+            self._shift(row)
+        return True
 
     # -- decoding -----------------------------------------------------------------------------------------------
 
     def grow(self, sequence: Seq) -> bool:
-        """A head at its capacity gives up a victim; where nothing is given up, a full last page asks for another."""
+        """Room for the next token of every head, and for what is due to be packed behind it."""
         row = sequence.row
-        num_pages = self._num_pages(sequence) if self._retention.grows else 0
         assert row is not None
-        if num_pages <= self._pages_held[row]:
+        if self._quiet[row] > 0:
+            self._quiet[row] -= 1
             return True
-        pages = self._cache.grow_pages(row, self._each_head(num_pages))
-        if pages is None:
+        if self._sealer is not None and not self._sealer.reserve(
+            row, self._sealer.pages_after(row, self._sealer.due(row, 1)[0])
+        ):
             return False
-        self._note_tables(row, torch.from_numpy(pages).to(self._device))
+        if not self._shift(row, more=1):
+            return False
+        self._quiet[row] = self._num_quiet(row)
         return True
+
+    def _shift(self, row: int, more: int = 0) -> bool:
+        """Let go of open pages all of whose tokens are packed, and have those that `more` tokens need."""
+        state = self._state
+        dropped = (state.value_length[row] - state.open_base[row]) // self._size
+        ends = self._grows_at_end(row)
+        wanted = (state.num_open[row] + np.where(ends, more, 0)).astype(np.int64)
+        ragged = len(np.unique(wanted)) > 1
+        # Heads of unequal lengths would ask for a page one after the other: those that are nearly full ask together.
+        slack = self._size // 2 if ragged and more else 0
+        held = self._cache.page_table(row)[1]
+        needed = -(-(wanted + np.where(ends, slack, 0)) // self._size)
+        num_pages = (np.maximum(needed, held) if self._sealer is None else needed) - dropped
+        if not dropped.any() and (num_pages == held).all():
+            return True
+        tables = self._cache.shift_pages(row, dropped.astype(np.int64), num_pages.astype(np.int64))
+        if tables is None:
+            return False
+        state.open_base[row] += dropped * self._size
+        state.note_tables(row, tables)
+        if self._sealer is not None:
+            state.note_ends(np.array([row]))
+        return True
+
+    def _grows_at_end(self, row: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        """Heads [L, H] whose next token goes behind the last one; in the others it takes a victim's place."""
+        if self._sealer is not None:
+            return np.ones(self._shape, np.bool_)
+        return np.asarray(self._state.used[row] <= self._state.limit[row])
+
+    def _num_quiet(self, row: int) -> int:
+        """Tokens after the next one for which no page need be asked for."""
+        state = self._state
+        ends = self._grows_at_end(row)
+        if not ends.any():
+            return int(np.iinfo(np.int64).max)
+        free = self._cache.page_table(row)[1] * self._size - state.num_open[row] - 1
+        quiet = int(free[ends].min())
+        if self._sealer is not None:
+            held = self._cache.packed_table(row)[1]
+            for more in range(2, quiet + 2):
+                if (self._sealer.pages_after(row, self._sealer.due(row, more)[0]) > held).any():
+                    return more - 2
+        return quiet
 
     def part(self, sequences: Sequence[Seq], rows: slice) -> PagePart:
         """The new tokens go where `write` says; columns of those slots start afresh."""
-        index = torch.tensor([s.row for s in sequences], device=self._device)
+        state = self._state
+        held = np.array([s.row for s in sequences], dtype=np.int64)
+        index = torch.from_numpy(held).to(self._device)
         positions = torch.tensor([s.num_computed for s in sequences], dtype=torch.int32, device=self._device)
-        tables = self._tables[index].permute(1, 0, 2, 3).contiguous()
-        write = self._write[index].permute(1, 0, 2)
-        slots = slots_of(tables, write, self._arena.layout.block_size)
-        self._used[index] = torch.maximum(self._used[index], self._write[index] + 1)
-        self._reset_columns(slots, positions)
+        at_end = (state.used[held] <= state.limit[held]) | (self._sealer is not None)
+        state.used[held] += at_end
+        longest = max(1, int(-(-state.num_open[held].max() // self._size)))
+        tables = state.tables[index, ..., :longest].transpose(0, 1).contiguous()
+        write = state.write[index].transpose(0, 1).long()
+        slots = tables.gather(-1, (write // self._size)[..., None])[..., 0].long() * self._size + write % self._size
+        self._start_columns(slots, positions)
+        lengths = state.on_device(np.ascontiguousarray(state.used[held].swapaxes(0, 1)))
         return PagePart(
             rows,
             self._kernels,
@@ -191,56 +267,85 @@ class PagePlacement:
             torch.arange(len(sequences) + 1, dtype=torch.int32, device=self._device),
             positions,
             tables,
-            self._used[index].permute(1, 0, 2).contiguous(),
+            lengths,
             slots,
-            mass=self._ranks_victims,
+            index,
+            mass=self._tracks_mass,
+            sealed=None if self._sealer is None else self._sealer.segments(held, mass=self._tracks_mass),
+            residual=self._residual,
         )
 
-    def _reset_columns(self, slots: Tensor, positions: Tensor) -> None:
+    def _start_columns(self, slots: Tensor, positions: Tensor) -> None:
         """A slot that is written anew has its token's position and has received nothing yet."""
-        self._arena.columns["positions"].view(-1)[slots] = positions[:, None].expand(slots.shape)
-        if self._ranks_victims:
-            self._arena.columns["mass"].view(-1)[slots] = 0.0
+        columns = self._arena.columns
+        if "positions" in columns:
+            columns["positions"].view(-1)[slots] = positions[:, None].expand(slots.shape)
+        if "mass" in columns:
+            columns["mass"].view(-1)[slots] = 0.0
 
     def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
-        """Where a head holds more than it may, the method names a victim; elsewhere the next token goes to the end."""
-        index = torch.tensor([s.row for s in sequences], device=self._device)
-        used = self._used[index]
-        over = used > self._capacity[index][:, None, None]
-        self._write[index] = used
-        late = [s for s, is_over in zip(sequences, over.flatten(1).any(1).tolist(), strict=True) if is_over]
-        failures = self._evict(late) if late else []
-        for sequence, num_over in zip(sequences, over.sum((1, 2)).tolist(), strict=True):
-            sequence.attestation.tokens_dropped += num_over
-            sequence.attestation.did[self._retention.name] += num_over
+        """Heads that hold more than they may give up victims, then what is due is packed."""
+        rows = np.array([s.row for s in sequences], dtype=np.int64)
+        self._state.note_ends(rows)
+        failures = self._evictor.after_step(sequences) if self._retention.drops else []
+        if self._sealer is not None:
+            self._pack_due(rows)
         return failures
 
-    def _evict(self, sequences: Sequence[Seq]) -> list[Failure]:
-        """Let the method name the victims of requests that hold more than they may."""
-        index = torch.tensor([s.row for s in sequences], device=self._device)
-        used = self._used[index]
-        try:
-            victims = self._retention.victims(self._view(index, sequences)).to(torch.int32)
-            if victims.shape != used.shape or bool(((victims < 0) | (victims >= used)).any()):
-                raise ValueError(f"{self._retention.name} named a victim that is no slot in use")
-        except Exception as error:  # a method is somebody's code: it may raise anything
-            if len(sequences) == 1:
-                return [(sequences[0], error)]
-            # Asked one by one, only the requests that it fails on suffer.
-            return [failure for sequence in sequences for failure in self._evict([sequence])]
-        over = used > self._capacity[index][:, None, None]
-        self._write[index] = torch.where(over, victims, used)
-        return []
+    def _pack_due(self, rows: Pages) -> None:
+        assert self._sealer is not None
+        due = [self._sealer.due(int(row)) for row in rows]
+        keys = np.stack([k for k, _ in due]).ravel()
+        values = np.stack([v for _, v in due]).ravel()
+        some = np.flatnonzero((keys > 0) | (values > 0))
+        if len(some):
+            heads = self._state.all_heads(rows)[some]
+            self._sealer.seal(heads, keys[some].astype(np.int64), values[some].astype(np.int64))
 
-    def _view(self, index: Tensor, sequences: Sequence[Seq]) -> DecodeView:
-        size = self._arena.layout.block_size
-        used = self._used[index]
-        num_pages = -(-int(used.max()) // size)
-        tables = self._tables[index][..., :num_pages].long()
-        columns = {name: c[tables].flatten(-2) for name, c in self._arena.columns.items()}
-        in_use = torch.arange(num_pages * size, device=self._device) < used[..., None]
-        num_tokens = torch.tensor([s.num_computed for s in sequences], device=self._device)
-        return DecodeView(columns["positions"], columns.get("mass"), in_use, num_tokens, self._capacity[index].long())
+    # -- attestation --------------------------------------------------------------------------------------------
+
+    def _attest_kept(self, sequence: Seq, kept: Kept, counts: Counts) -> None:
+        told, name = sequence.attestation, self._retention.name
+        gone = sequence.num_computed * counts.size - int(counts.sum())
+        merged = 0
+        if kept.merge is not None:
+            lives_on = (kept.merge.key_weights != 0) | (kept.merge.value_weights != 0)
+            merged = int((lives_on & ~kept.mask).sum())
+        told.tokens_merged += merged
+        told.tokens_dropped += gone - merged
+        if self._retention.drops:
+            told.did[name] = told.did.get(name, 0) + gone
+
+    def _attest_settled(self, sequence: Seq, row: int) -> None:
+        layout, told = self._arena.layout, sequence.attestation
+        before = layout.num_blocks_for(sequence.num_computed) * layout.block_bytes
+        told.bytes_freed += max(0, before - self._bytes_of(row))
+        told.bits_per_element = self.bits_per_element(sequence)
+        if self._sealer is not None:
+            name = self._encoding.name
+            told.did[name] = told.did.get(name, 0) + int(self._state.key_length[row].sum())
+
+    def _bytes_of(self, row: int) -> int:
+        num_bytes = int(self._cache.page_table(row)[1].sum()) * self._arena.layout.page_bytes
+        if self._sealer is not None:
+            num_bytes += int(self._cache.packed_table(row)[1].sum()) * self._sealer.packed.format.page_bytes
+        return num_bytes
+
+    def bits_per_element(self, sequence: Seq) -> float:
+        """Bits that a number of K or V takes now, on average of the tokens held; half-filled pages are not counted."""
+        layout, row = self._arena.layout, sequence.row
+        assert row is not None
+        native = 8.0 * layout.element_bytes
+        if self._sealer is None:
+            return native
+        packed = float(self._state.key_length[row].sum() + self._state.value_length[row].sum()) / 2
+        share = packed / float(self._state.used[row].sum())
+        return share * self._sealer.packed.format.bits_per_element + (1 - share) * native
+
+    def kept_positions(self, sequence: Seq) -> list[list[list[int]]]:
+        """Logical positions held by each layer and head, sorted: what the method has kept so far."""
+        assert sequence.row is not None
+        return self._evictor.kept_positions(sequence)
 
     # -- the rest -----------------------------------------------------------------------------------------------
 
@@ -248,29 +353,13 @@ class PagePlacement:
         """Nothing to do: masses were accumulated by the kernel."""
         return []
 
-    def kept_positions(self, sequence: Seq) -> list[list[list[int]]]:
-        """Logical positions held by each layer and head, sorted: what the method has kept so far."""
-        assert sequence.row is not None
-        index = torch.tensor([sequence.row], device=self._device)
-        view = self._view(index, [sequence])
-        hole = self._write[sequence.row]
-        found = []
-        for layer in range(self._shape[0]):
-            found.append([self._held(view, hole, layer, head) for head in range(self._shape[1])])
-        return found
-
-    def _held(self, view: DecodeView, hole: Tensor, layer: int, head: int) -> list[int]:
-        in_use = view.used[0, layer, head].clone()
-        if int(hole[layer, head]) < in_use.numel():
-            in_use[int(hole[layer, head])] = False  # the victim's slot: free, only not yet written over
-        return sorted(view.positions[0, layer, head][in_use].tolist())
-
     def release(self, sequence: Seq) -> None:
         """The row's state is overwritten when the row is used again."""
+        self._observed.forget(sequence)
 
     def kv_bytes(self) -> Mapping[str, int]:
-        """Nothing is held outside the pool."""
-        return {}
+        """What stands for tokens that have left."""
+        return {} if self._residual is None else {"device": self._residual.num_bytes}
 
     def links(self) -> Mapping[str, str]:
         """No link is used."""
@@ -278,3 +367,15 @@ class PagePlacement:
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+class _RowObserver:
+    """Hands the queries of a step's prompt tokens to whoever remembers them."""
+
+    def __init__(self, observed: ObservedQueries, prefills: Sequence[tuple[Seq, int]]) -> None:
+        self._observed = observed
+        self._prefills = prefills
+
+    def observe(self, layer: int, queries: Tensor, keys: Tensor) -> None:
+        """See queries [T, Hq, D] of the whole part."""
+        self._observed.observe(self._prefills, layer, queries)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvwise.cache.manager import CacheManager
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.compact import compact
+from kvwise.engine.placement.host_rows import HostRows
 from kvwise.engine.placement.recall_part import AheadPart, OnDemandPart, Recall, RecallPart
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.models.attention import Observer
@@ -21,8 +22,10 @@ class _Held:
     """What this placement holds for one sequence: its row in the host's cache, and stores that are under way."""
 
     host_row: int
+    rows: HostRows
     num_stored: int = 0  # tokens whose copy to the host has begun
     stores: list[Future[None]] = field(default_factory=list)
+    indexed: bool = False  # whether the index has been built, and the host's rows put in its order
     tables: Tensor | None = None  # int32 [F, H, N]: device pages of the layers that stay, once settled
 
 
@@ -42,15 +45,15 @@ class RecallPlacement:
         self._recall = recall
         self._tiers = recall.tiers
         self._layout = recall.tiers.layout
-        self._num_full_layers = recall.selection.num_full_layers
+        self._num_full_layers = recall.num_full_layers
         self._device = recall.tiers.device.keys.device
         self._cache = cache
         self._host_cache = host_cache
         self._held: dict[Seq, _Held] = {}
 
-    def observed_rows(self, num_prompt: int) -> int | None:
-        """No mass is wanted."""
-        return None
+    def observed_rows(self, sequence: Seq) -> int:
+        """None."""
+        return 0
 
     # -- admission ----------------------------------------------------------------------------------------------
 
@@ -78,7 +81,7 @@ class RecallPlacement:
         if not self._host_cache.reserve(row, len(sequence.tokens) + 1):
             self._host_cache.release(row)
             return False
-        self._held[sequence] = _Held(row)
+        self._held[sequence] = _Held(row, HostRows(self._tiers, self._recall.selection.kept_steps))
         return True
 
     def fork(self, source: Seq, sibling: Seq) -> bool:
@@ -135,12 +138,14 @@ class RecallPlacement:
         if sequence in self._recall.failures:
             raise self._recall.failures.pop(sequence)
         self._begin_store(sequence, sequence.num_computed)
-        for store in self._held[sequence].stores:
+        held = self._held[sequence]
+        for store in held.stores:
             store.result()
         assert sequence.row is not None
         num_tokens = sequence.num_computed
         blocks = _int64(self._cache.tables[sequence.row]).to(self._device)
-        self._build_index(sequence.row, blocks, num_tokens)
+        if not held.indexed:
+            self._build_index(sequence.row, blocks, num_tokens, held)
         num_pages = self._num_pages(num_tokens + 1)
         pages = self._cache.paginate(sequence.row, num_pages)
         if pages is None:
@@ -148,7 +153,7 @@ class RecallPlacement:
         tables = torch.from_numpy(pages).to(self._device)
         compact(self._tiers.device, self._tiers.kernels, self._stays(num_tokens), blocks, tables)
         self._cache.finish_paginate(sequence.row)
-        self._held[sequence].tables = tables[: self._num_full_layers]
+        held.tables = tables[: self._num_full_layers]
         freed = self._layout.num_blocks_for(num_tokens) * self._layout.pages_per_block - int(num_pages.sum())
         sequence.attestation.bytes_freed += max(0, freed) * self._layout.page_bytes
         return True
@@ -164,9 +169,12 @@ class RecallPlacement:
         kept[: self._num_full_layers] = True
         return kept.to(self._device)
 
-    def _build_index(self, row: int, blocks: Tensor, num_tokens: int) -> None:
+    def _build_index(self, row: int, blocks: Tensor, num_tokens: int, held: _Held) -> None:
+        held.rows.blocks = self._host_cache.tables[held.host_row].astype(np.int64)
         for layer in range(self._num_full_layers, self._layout.num_layers):
             self.index.build(layer, row, self._tiers.device_keys(layer, blocks, num_tokens).transpose(0, 1))
+            self._recall.follow_order(layer, row, held.rows)
+        held.indexed = True
 
     # -- decoding -----------------------------------------------------------------------------------------------
 
@@ -188,9 +196,10 @@ class RecallPlacement:
     def part(self, sequences: Sequence[Seq], rows: slice) -> RecallPart:
         """One new token for each of these sequences."""
         held = [self._held[s] for s in sequences]
-        blocks = [_int64(self._host_cache.tables[h.host_row]) for h in held]
+        for h in held:
+            h.rows.blocks = self._host_cache.tables[h.host_row].astype(np.int64)
         kind = AheadPart if self.looks_ahead else OnDemandPart
-        return kind(self._recall, sequences, rows, blocks, _side_by_side([h.tables for h in held]))
+        return kind(self._recall, sequences, rows, [h.rows for h in held], _side_by_side([h.tables for h in held]))
 
     def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """Nothing to do: new tokens were stored layer by layer."""
@@ -199,17 +208,21 @@ class RecallPlacement:
     # -- the rest -----------------------------------------------------------------------------------------------
 
     def release(self, sequence: Seq) -> None:
-        """Wait for stores that still read the sequence's device blocks, then forget it on the host."""
+        """Wait for transfers that still read or write what the sequence holds, then forget it on both sides."""
         if sequence.row is not None:
             self.index.drop(sequence.row)
         held = self._held.pop(sequence, None)
         if held is not None:
             wait(held.stores)  # not result(): a copy that failed must not keep the request's memory
+            self._tiers.finish_fetches()
+            held.rows.clear()
             self._host_cache.release(held.host_row)
+        if not self._held:
+            self._tiers.staging.clear()
         self._recall.failures.pop(sequence, None)
 
     def kv_bytes(self) -> Mapping[str, int]:
-        """Host blocks in use, and on the device the index and the staging buffers."""
+        """Host blocks in use, and on the device the index and the staging pages."""
         return {
             "host": self._host_cache.usage().num_referenced * self._layout.block_bytes,
             "device": self.index.num_bytes + self._tiers.staged_bytes,
@@ -244,7 +257,7 @@ class _PromptObserver:
 
     def observe(self, layer: int, queries: Tensor, keys: Tensor) -> None:
         """Cut the flat batch into sequences."""
-        if layer < self._recall.selection.num_full_layers:
+        if layer < self._recall.num_full_layers:
             return
         start = 0
         for sequence, num_tokens in self._prefills:

@@ -2,51 +2,27 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kvwise.engine.placement.compact import block_slots
-from kvwise.engine.placement.recall_tiers import RecallTiers
-from kvwise.engine.placement.staging import Staging
+from kvwise.engine.placement.host_rows import HostRows
+from kvwise.engine.placement.recall_fetch import Asked, Fetch, begin_fetch
+from kvwise.engine.placement.recall_fetch import Recall as Recall
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.kernels.base import Segment
-from kvwise.methods.selection.base import Index, Selection
 from kvwise.models.attention import AskAhead, LooksAhead
-from kvwise.models.loaded import LayerAttention
-
-
-@dataclass(frozen=True, slots=True)
-class Recall:
-    """What all steps of one engine share; `failures` are what the index raised in this step, by request."""
-
-    selection: Selection
-    index: Index
-    tiers: RecallTiers
-    layers: Sequence[LayerAttention]
-    audit: bool = False
-    failures: dict[Seq, Exception] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Fetch:
-    """Rows on their way: when they have arrived, how many for each sequence [B], and which tokens they are."""
-
-    arrival: Future[Staging]
-    counts: Tensor
-    chosen: list[Tensor]
 
 
 class RecallPart(ABC):
-    """Decoding sequences whose KV is on the host, with their host blocks (int64 [N] each).
+    """Decoding sequences whose KV is on the host, in `host` rows.
 
     `tables` int32 [F, B, H, N] are the device pages of the layers that are read in full.
     """
 
     def __init__(
-        self, recall: Recall, sequences: Sequence[Seq], rows: slice, host_blocks: list[Tensor], tables: Tensor
+        self, recall: Recall, sequences: Sequence[Seq], rows: slice, host: list[HostRows], tables: Tensor
     ) -> None:
         self.rows = rows
         self._recall = recall
@@ -54,25 +30,32 @@ class RecallPart(ABC):
         self._layout = recall.tiers.layout
         self._device = recall.tiers.device.keys.device
         self._positions = torch.tensor([s.num_computed for s in sequences], device=self._device)
-        self._host_blocks = host_blocks
+        self._asked = [
+            Asked(s, rows, s.num_computed, own=s.num_computed) for s, rows in zip(sequences, host, strict=True)
+        ]
         self._query_start = torch.arange(len(sequences) + 1, dtype=torch.int32, device=self._device)
         self._tables = tables
-        new = [torch.tensor([s.num_computed]) for s in sequences]
-        size = self._layout.block_size
-        self._new_slots = torch.cat([block_slots(b, t, size) for b, t in zip(host_blocks, new, strict=True)])
+        self._new_slots = torch.cat(
+            [
+                block_slots(torch.from_numpy(rows.blocks), torch.tensor([s.num_computed]), self._layout.block_size)
+                for s, rows in zip(sequences, host, strict=True)
+            ]
+        )
 
     def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None,
-        softcap: float | None,
+        self, layer: int, queries: Tensor, keys: Tensor | None, values: Tensor | None, *, scale: float,
+        window: int | None, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         """A full layer reads its device pages, any other its fetched rows and the new token."""
-        if layer < self._recall.selection.num_full_layers:
-            segment = self._full(layer, keys, values)
-        else:
-            segment = self._recalled(layer, queries, keys, values)
+        assert keys is not None and values is not None  # methods that recall are refused where layers share KV
+        full = layer < self._recall.num_full_layers
+        fetch = None if full else self._arrived(layer, queries, keys, values)
+        segment = self._full(layer, keys, values) if fetch is None else fetch.segment(self._recall.tiers)
         found = self._recall.tiers.kernels.attend(
             queries, self._query_start, [segment], scale=scale, window=window, softcap=softcap
         )
+        if fetch is not None:
+            fetch.done()
         return found.out
 
     def _full(self, layer: int, keys: Tensor, values: Tensor) -> Segment:
@@ -84,16 +67,18 @@ class RecallPart(ABC):
         lengths = (self._positions + 1).int()[:, None].expand(-1, tables.shape[1]).contiguous()
         return Segment(arena.keys, arena.values, tables, lengths, causal=False)
 
-    def _recalled(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Segment:
+    def _arrived(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Fetch:
+        """What the layer reads of its rows, here, with the new token behind it."""
         self._store_new(layer, keys, values)
         fetch = self._fetch(layer, queries)
-        staging = fetch.arrival.result()
+        fetch.wait()
+        self._follow_order(layer)
         if self._recall.audit:
-            self._audit(layer, queries, fetch.chosen)
-        ends = staging.first_slots() + fetch.counts[:, None]
-        self._recall.tiers.kernels.append(keys, values, staging.keys, staging.values, ends)
-        lengths = (fetch.counts + 1).int()[:, None].expand(-1, self._layout.num_kv_heads).contiguous()
-        return Segment(staging.keys, staging.values, staging.tables, lengths, causal=False)
+            self._audit(layer, queries, fetch)
+        staging = self._recall.tiers.staging
+        slots = fetch.own_slots(self._layout.block_size).to(self._device)
+        self._recall.tiers.kernels.append(keys, values, staging.keys, staging.values, slots)
+        return fetch
 
     def _store_new(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """The new token's KV goes to the host and into the index."""
@@ -105,75 +90,41 @@ class RecallPart(ABC):
             except Exception as error:  # a method is somebody's code: only its request fails, after the step
                 self._recall.failures.setdefault(sequence, error)
 
-    # -- choice and fetch ---------------------------------------------------------------------------------------
+    def _follow_order(self, layer: int) -> None:
+        """What the index has ordered anew moves on the host, now that nothing of this layer is on its way."""
+        for one in self._asked:
+            assert one.sequence.row is not None
+            try:
+                self._recall.follow_order(layer, one.sequence.row, one.rows)
+            except Exception as error:  # a method is somebody's code: only its request fails, after the step
+                self._recall.failures.setdefault(one.sequence, error)
 
     @abstractmethod
-    def _fetch(self, layer: int, queries: Tensor) -> _Fetch:
+    def _fetch(self, layer: int, queries: Tensor) -> Fetch:
         """The rows that the layer reads for these queries [B, Hq, D], on their way or here."""
 
-    def _begin(self, layer: int, queries: Tensor) -> _Fetch:
-        """Ask the method what to read for queries [B, Hq, D], guessed or real, and begin to fetch it."""
-        return self._begin_fetch(layer, [self._choose(layer, s, queries[i]) for i, s in enumerate(self._sequences)])
+    def _begin(self, layer: int, queries: Tensor) -> Fetch:
+        return begin_fetch(self._recall, layer, self._asked, queries)
 
-    def _choose(self, layer: int, sequence: Seq, query: Tensor) -> Tensor:
-        """The tokens [H, n] the method names; if it fails, any one, and the request ends after the step."""
-        recall, heads = self._recall, self._layout.num_kv_heads
-        assert sequence.row is not None
-        try:
-            tokens = recall.index.choose(layer, sequence.row, query, recall.layers[layer].scale)
-            known = bool(((tokens >= 0) & (tokens < sequence.num_computed)).all())
-            if tokens.ndim != 2 or tokens.shape[0] != heads or tokens.shape[1] < 1 or not known:
-                raise ValueError(f"{recall.selection.name} named tokens that the request does not have")
-        except Exception as error:  # a method is somebody's code: it may raise anything
-            recall.failures.setdefault(sequence, error)
-            return torch.zeros((heads, 1), dtype=torch.int64, device=query.device)
-        return tokens
-
-    def _begin_fetch(self, layer: int, chosen: list[Tensor]) -> _Fetch:
-        """One transfer for all sequences: where each chosen row lies on the host, and where it goes."""
-        layout, size = self._layout, self._layout.block_size
-        heads = torch.arange(layout.num_kv_heads)[:, None]
-        counts = torch.tensor([c.shape[1] for c in chosen])
-        num_pages = -(-(int(counts.max()) + 1) // size)
-        slots, targets = [], []
-        for i, tokens in enumerate(chosen):
-            tokens = tokens.cpu()
-            page = self._host_blocks[i][tokens // size] * layout.pages_per_block + layout.page_offset(layer) + heads
-            slots.append((page * size + tokens % size).flatten())
-            first = (i * layout.num_kv_heads + heads) * num_pages * size
-            targets.append((first + torch.arange(tokens.shape[1])).flatten())
-            self._attest(i, tokens)
-        target = torch.cat(targets).to(self._device)
-        arrival = self._recall.tiers.begin_fetch(layer, torch.cat(slots), target, (len(chosen), num_pages))
-        return _Fetch(arrival, counts.to(self._device), chosen)
-
-    def _attest(self, i: int, tokens: Tensor) -> None:
-        attestation = self._sequences[i].attestation
-        attestation.tokens_fetched += tokens.numel()
-        attestation.fetch_candidates += tokens.shape[0] * self._sequences[i].num_computed
-        attestation.bytes_fetched += tokens.numel() * self._recall.tiers.row_bytes
-        name = self._recall.selection.name
-        attestation.did[name] = attestation.did.get(name, 0) + tokens.numel()
-
-    def _audit(self, layer: int, queries: Tensor, chosen: list[Tensor]) -> None:
+    def _audit(self, layer: int, queries: Tensor, fetch: Fetch) -> None:
         """Count how many of the tokens were fetched that the method would have named, had it known the true scores."""
         recall, facts = self._recall, self._recall.layers[layer]
-        for i, sequence in enumerate(self._sequences):
-            keys = recall.tiers.host_keys(layer, self._host_blocks[i], sequence.num_computed + 1).float()
+        for i, (one, chosen) in enumerate(zip(self._asked, fetch.chosen, strict=True)):
+            keys = one.rows.keys(layer, one.num_rows + 1).float()
             query = queries[i].float().cpu().reshape(self._layout.num_kv_heads, -1, self._layout.head_dim)
             scores = query @ keys.transpose(-1, -2) * facts.scale
             if facts.softcap is not None:
                 scores = facts.softcap * torch.tanh(scores / facts.softcap)
-            best = recall.selection.best(scores, chosen[i].shape[1])
-            hits = (best[..., :, None] == chosen[i].cpu()[..., None, :]).any(-1)
-            sequence.attestation.recall_hits += int(hits.sum())
-            sequence.attestation.recall_total += hits.numel()
+            best = recall.selection.best(scores, chosen.shape[1])
+            hits = (best[..., :, None] == torch.from_numpy(chosen)[..., None, :]).any(-1)
+            one.sequence.attestation.recall_hits += int(hits.sum())
+            one.sequence.attestation.recall_total += hits.numel()
 
 
 class OnDemandPart(RecallPart):
     """For methods that choose by a layer's real query: the layer waits while its rows are fetched."""
 
-    def _fetch(self, layer: int, queries: Tensor) -> _Fetch:
+    def _fetch(self, layer: int, queries: Tensor) -> Fetch:
         return self._begin(layer, queries)
 
 
@@ -181,18 +132,18 @@ class AheadPart(RecallPart, LooksAhead):
     """For methods that guess: the rows a layer reads are fetched while the layer before it runs."""
 
     def __init__(
-        self, recall: Recall, sequences: Sequence[Seq], rows: slice, host_blocks: list[Tensor], tables: Tensor
+        self, recall: Recall, sequences: Sequence[Seq], rows: slice, host: list[HostRows], tables: Tensor
     ) -> None:
-        super().__init__(recall, sequences, rows, host_blocks, tables)
-        self._fetches: dict[int, _Fetch] = {}
+        super().__init__(recall, sequences, rows, host, tables)
+        self._fetches: dict[int, Fetch] = {}
 
     def look_ahead(self, layer: int, ask: AskAhead) -> None:
         """Guess what the next layer will read, and begin to fetch it."""
         following = layer + 1
-        if following < self._recall.selection.num_full_layers or following >= self._layout.num_layers:
+        if following < self._recall.num_full_layers or following >= self._layout.num_layers:
             return
         if following not in self._fetches:  # else told twice: the hooks of another engine on the same model
             self._fetches[following] = self._begin(following, ask(following, self.rows))
 
-    def _fetch(self, layer: int, queries: Tensor) -> _Fetch:
+    def _fetch(self, layer: int, queries: Tensor) -> Fetch:
         return self._fetches.pop(layer)

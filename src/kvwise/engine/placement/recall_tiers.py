@@ -1,11 +1,13 @@
 """The two memories of recall and the links between them: pages go to the host, rows come back."""
 
-from concurrent.futures import Future
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvwise.engine.placement.staging import Staging
+from kvwise.engine.placement.staging import Int64, Staged, Staging
 from kvwise.kernels.base import Kernels
 from kvwise.tiers.arena import Arena
 from kvwise.tiers.link import Link
@@ -25,8 +27,9 @@ class RecallTiers:
         self._staging_kernels = host_kernels if device.keys.device.type == "cpu" else kernels
         self._fetch_link = fetch_link
         self._store_link = store_link
-        # Two buffers, used by turns: one is read by the layer that runs while the next layer's rows arrive.
-        self._staging = [Staging(self.layout, device.keys.dtype, device.keys.device) for _ in range(2)]
+        self.staging = Staging(self.layout, device.keys.dtype, device.keys.device)
+        self.num_runs = 0  # pieces of host memory, K and V apart, that were fetched each as a whole
+        self._fetches: list[Future[None]] = []  # those that may not have ended
 
     @property
     def row_bytes(self) -> int:
@@ -45,21 +48,42 @@ class RecallTiers:
             else:
                 host[target] = device[source.to(device.device)].to(host.device)
 
-    def begin_fetch(self, layer: int, slots: Tensor, target: Tensor, shape: tuple[int, int]) -> "Future[Staging]":
-        """Bring rows at host slots int64 [n] to staging slots [n], over the link.
+    def begin_fetch(self, staged: Sequence[Staged]) -> "Future[None]":
+        """Move rows within the staging pages and bring others from the host over the link: one transfer for all."""
+        move_from, move_to, fetch_from, fetch_to = (
+            torch.from_numpy(np.concatenate(slots))
+            for slots in zip(*((s.move_from, s.move_to, s.fetch_from, s.fetch_to) for s in staged), strict=True)
+        )
+        self.num_runs += 2 * (int((fetch_from.diff() != 1).sum()) + 1) if len(fetch_from) else 0
 
-        The buffer is laid out for `shape` = (sequences, pages of each head).
-        """
-        staging = self._staging[layer % 2]
+        def transfer() -> None:
+            staging, place = self.staging, self.device.keys.device
+            moves, into = (slots.to(place) for slots in (move_from, move_to))
+            for host, arena in ((self.host.keys, staging.keys), (self.host.values, staging.values)):
+                moved = self._staging_kernels.gather(arena, moves)
+                self._staging_kernels.scatter(moved, arena, into)
+                fetched = self.host_kernels.gather(host, fetch_from)
+                self._staging_kernels.scatter(fetched.to(place), arena, fetch_to.to(place))
 
-        def transfer() -> Staging:
-            staging.resize(*shape)
-            for host, device in ((self.host.keys, staging.keys), (self.host.values, staging.values)):
-                rows = self.host_kernels.gather(host, slots)
-                self._staging_kernels.scatter(rows.to(device.device), device, target)
-            return staging
+        arrival = self._fetch_link.begin(transfer, len(fetch_from) * self.row_bytes)
+        self._fetches = [f for f in self._fetches if not f.done()] + [arrival]
+        return arrival
 
-        return self._fetch_link.begin(transfer, slots.numel() * self.row_bytes)
+    def finish_fetches(self) -> None:
+        """Wait until no transfer writes to the staging pages or reads the host's; whether one failed is not asked."""
+        wait(self._fetches)
+
+    def take_pages(self, num_pages: int) -> Int64:
+        """Staging pages int64 [n]. Before the staging memory is replaced by more, what is on its way must arrive."""
+        if num_pages > self.staging.num_free:
+            self.finish_fetches()
+        return self.staging.take(num_pages)
+
+    def permute(self, source: Int64, target: Int64) -> None:
+        """Rows at host slots `source` lie at `target` afterwards; all are read before any is written."""
+        for host in (self.host.keys, self.host.values):
+            rows = self.host_kernels.gather(host, torch.from_numpy(source.ravel()))
+            self.host_kernels.scatter(rows, host, torch.from_numpy(target.ravel()))
 
     def store_tokens(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Write one new token of each of B sequences to host slots int64 [B] of a layer: keys, values [B, H, D]."""
@@ -69,25 +93,22 @@ class RecallTiers:
             page_stride=self.layout.pages_per_block, page_offset=self.layout.page_offset(layer),
         )  # fmt: skip
 
-    def host_keys(self, layer: int, blocks: Tensor, num_tokens: int) -> Tensor:
-        """Keys [H, T, D] of the first `num_tokens` tokens of a sequence with these host blocks int64 [N]."""
-        return self._keys(self.host_kernels, self.host, layer, blocks, num_tokens)
+    def host_keys(self, slots: Tensor) -> Tensor:
+        """Keys [n, D] at host slots int64 [n]."""
+        return self.host_kernels.gather(self.host.keys, slots)
 
     def device_keys(self, layer: int, blocks: Tensor, num_tokens: int) -> Tensor:
-        """The same of a sequence with these device blocks."""
-        return self._keys(self.kernels, self.device, layer, blocks, num_tokens)
-
-    def _keys(self, kernels: Kernels, arena: Arena, layer: int, blocks: Tensor, num_tokens: int) -> Tensor:
+        """Keys [H, T, D] of the first `num_tokens` tokens of a sequence in these device blocks int64 [N]."""
         size, num_heads = self.layout.block_size, self.layout.num_kv_heads
         tokens = torch.arange(num_tokens, device=blocks.device)
         page = blocks[tokens // size] * self.layout.pages_per_block + self.layout.page_offset(layer)
         slots = (page + torch.arange(num_heads, device=blocks.device)[:, None]) * size + tokens % size
-        return kernels.gather(arena.keys, slots.flatten()).view(num_heads, num_tokens, -1)
+        return self.kernels.gather(self.device.keys, slots.flatten()).view(num_heads, num_tokens, -1)
 
     @property
     def staged_bytes(self) -> int:
-        """Device bytes of the staging buffers."""
-        return sum(s.num_bytes for s in self._staging)
+        """Device bytes of the staging pages."""
+        return self.staging.num_bytes
 
     def links(self) -> dict[str, str]:
         """Labels of both directions."""

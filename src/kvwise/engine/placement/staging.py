@@ -1,49 +1,72 @@
-"""Staging: device pages that fetched rows arrive in, laid out so that the kernels read them like any other pages."""
+"""Staging: device pages that fetched rows arrive in, which the kernels read like any other pages."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-from torch import Tensor
 
 from kvwise.core.layout import KVLayout
 
+Int64 = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
-class Staging:
-    """Pages [B, H, N] in a row: `keys` and `values` [B * H * N, block_size, D], `tables` int32 [B, H, N].
 
-    The buffer only grows; a smaller batch uses its beginning.
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A layer's staging pages [H, N], and the transfers that fill their first `num_read` slots: int64 slots [n] each.
+
+    `num_found` of the rows to read were on the device already.
     """
 
+    pages: Int64
+    num_read: int
+    num_found: int
+    move_from: Int64
+    move_to: Int64
+    fetch_from: Int64
+    fetch_to: Int64
+
+
+class Staging:
+    """Pages `keys` and `values` [P, block_size, D], lent out by number. It grows when all are lent."""
+
     def __init__(self, layout: KVLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self._layout = layout
         shape = (0, layout.block_size, layout.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
-        self.tables = torch.empty((0, layout.num_kv_heads, 0), dtype=torch.int32, device=device)
-
-    def resize(self, num_sequences: int, num_pages: int) -> None:
-        """Lay the buffer out for `num_sequences` sequences of `num_pages` pages a head."""
-        heads = self._layout.num_kv_heads
-        needed = num_sequences * heads * num_pages
-        if needed > self._keys.shape[0]:
-            self._keys = self._keys.new_empty((needed, *self._keys.shape[1:]))
-            self._values = torch.empty_like(self._keys)
-        pages = torch.arange(needed, dtype=torch.int32, device=self._keys.device)
-        self.tables = pages.view(num_sequences, heads, num_pages)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self._free: Int64 = np.zeros(0, dtype=np.int64)
 
     @property
-    def keys(self) -> Tensor:
-        """K pages [P, block_size, D]."""
-        return self._keys
+    def num_free(self) -> int:
+        """Pages that can be lent without growing."""
+        return len(self._free)
 
-    @property
-    def values(self) -> Tensor:
-        """V pages [P, block_size, D]."""
-        return self._values
+    def take(self, num_pages: int) -> Int64:
+        """Pages [n] for their borrower alone. If it must grow, the arenas are others than before, of equal contents."""
+        if num_pages > self.num_free:
+            self._grow(num_pages - self.num_free)
+        cut = self.num_free - num_pages
+        taken, self._free = self._free[cut:], self._free[:cut]
+        return taken
 
-    def first_slots(self) -> Tensor:
-        """Slot int64 [B, H] where each head's rows begin."""
-        return self.tables[..., 0].long() * self._layout.block_size
+    def give(self, pages: Int64) -> None:
+        """Take pages back."""
+        self._free = np.concatenate([self._free, pages.ravel()])
+
+    def clear(self) -> None:
+        """Let the memory go if no page is lent."""
+        if self.num_free == len(self.keys):
+            self.keys, self.values = self.keys[:0].clone(), self.values[:0].clone()
+            self._free = self._free[:0]
+
+    def _grow(self, num_pages: int) -> None:
+        have = len(self.keys)
+        more = max(num_pages, have // 2)
+        self.keys, self.values = (
+            torch.cat([t, t.new_empty((more, *t.shape[1:]))]) for t in (self.keys, self.values)
+        )  # fmt: skip
+        self._free = np.concatenate([np.arange(have, have + more), self._free])
 
     @property
     def num_bytes(self) -> int:
         """Device bytes held."""
-        return self._keys.nbytes + self._values.nbytes
+        return self.keys.nbytes + self.values.nbytes

@@ -52,8 +52,17 @@ class Encoding(Method):
     """A method that decides in how many bytes the KV of a token lies."""
 
     axis: ClassVar[Axis] = Axis.ENCODING
-    observed_rows: ClassVar[int] = 0  # of the prompt's last queries, for `channels`
     page_granular: ClassVar[bool] = True  # values are sealed in whole pages; False: token by token
+
+    @property
+    def upper_only(self) -> bool:
+        """Whether split codes are read by their upper half alone (QuantSpec's draft)."""
+        return False
+
+    @property
+    def observed_rows(self) -> int:
+        """How many of the prompt's last queries `channels` must see."""
+        return 0
 
     def page_format(self, shape: EncodingShape) -> PageFormat | None:
         """How a packed page lies in memory; None: nothing is ever packed."""
@@ -64,9 +73,10 @@ class Encoding(Method):
         return tuple(range(shape.num_layers))
 
     def keys_due(self, num_open: Tensor, *, settling: bool) -> Tensor:
-        """Of heads with so many tokens whose keys are open, int [...], how many of the oldest to seal: int64 [...].
+        """Of heads with so many tokens whose keys are open, how many of the oldest to seal: int [..., L, H] to int64.
 
-        A multiple of the page's tokens, unless the format is `Plain` and the request is `settling` (its prefill ended).
+        L are the layers that store KV, which may differ. A multiple of the page's tokens, unless the format is `Plain`
+        and the request is `settling` (its prefill has ended).
         """
         raise AssertionError(f"{self.name} packs nothing")
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvwise.core.method import Trait
-from kvwise.methods.retention.base import DecodeView, Kept, PromptView, Retention, uniform
+from kvwise.methods.retention.base import DecodeView, Kept, PromptView, Retention
+from kvwise.methods.retention.budgets import HEADS, LAYERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,11 +25,16 @@ class H2O(Retention):
 
     The paper's sum favours early tokens, which more rows could see. `normalised` (not in the paper) divides it by
     their number, the token's own row among them; a sliding window, which ends a token's time, is not counted in.
+
+    `layers=pyramid` and `heads=adakv` let the number of heavy hitters differ (`budgets`); the latest are as many
+    everywhere. While decoding every head holds as many tokens as it chose.
     """
 
     budget: float = 0.2
     recent: float = 0.5
     normalised: bool = False
+    layers: str = "uniform"
+    heads: str = "uniform"
 
     name: ClassVar[str] = "h2o"
     idea: ClassVar[str] = "keep the latest tokens and those that received most attention"
@@ -39,6 +45,8 @@ class H2O(Retention):
     def __post_init__(self) -> None:
         self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
         self.require("recent", 0 <= self.recent <= 1, "0 to 1")
+        self.require("layers", self.layers in LAYERS, f"one of {', '.join(LAYERS)}")
+        self.require("heads", self.heads in HEADS, f"one of {', '.join(HEADS)}")
 
     @property
     def drops(self) -> bool:
@@ -54,26 +62,25 @@ class H2O(Retention):
         return max(1, int(capacity * self.recent))
 
     def keep(self, view: PromptView) -> Kept:
-        """The `recent` last tokens and, of the others, those with the largest mass."""
+        """The `recent` last tokens and, of the others, those with the largest mass; of equals the earlier."""
         assert view.mass is not None and view.capacity is not None
-        if view.num_tokens <= view.capacity:
-            return uniform(view, torch.ones_like(view.mass, dtype=torch.bool))
+        kept = torch.ones_like(view.mass, dtype=torch.bool)
         recent = self.num_recent(view.capacity)
+        marks = torch.full(view.shape, float(recent), device=kept.device)
+        if view.num_tokens <= view.capacity:
+            return Kept(kept, torch.full(view.shape, view.capacity, dtype=torch.int32, device=kept.device), marks=marks)
         older = view.num_tokens - recent
-        score = self._score(view.mass, view.num_tokens - view.positions)
-        heavy = score[..., :older].topk(view.capacity - recent, dim=-1).indices
-        kept = torch.zeros_like(view.mass, dtype=torch.bool).scatter_(-1, heavy, True)
-        kept[..., older:] = True
-        return uniform(view, kept)
+        score = self._score(view.mass, view.num_tokens - view.positions)[..., :older]
+        num_heavy = LAYERS[self.layers](view.capacity - recent, view.num_prompt - recent, view.shape[0])
+        kept[..., :older] = HEADS[self.heads](score, num_heavy)
+        return Kept(kept, kept.sum(-1, dtype=torch.int32), marks=marks)
 
     def worth(self, view: DecodeView) -> Tensor:
-        """The mass; the latest `recent` must stay."""
+        """The mass; the latest, as many as the marks say, must stay."""
         assert view.mass is not None
-        # In double precision, as `num_recent` counts: in single 100 * 0.29 would be 29.
-        recent = (view.limit.double() * self.recent).int().clamp(min=1)
         num_tokens = view.num_tokens[:, None, None, None]
         score = self._score(view.mass, num_tokens - view.positions)
-        return score.masked_fill(view.positions >= num_tokens - recent[..., None], torch.inf)
+        return score.masked_fill(view.positions >= num_tokens - view.marks[..., None], torch.inf)
 
     def _score(self, mass: Tensor, num_rows: Tensor) -> Tensor:
         """What tokens are ranked by; `num_rows` (broadcast to the mass) could see each of them."""

@@ -10,6 +10,7 @@ from torch.nn.functional import max_pool1d, pad
 
 from kvwise.core.method import Trait
 from kvwise.methods.retention.base import Kept, PromptView, Retention, Spans
+from kvwise.methods.retention.budgets import HEADS, LAYERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +30,15 @@ class SnapKV(Retention):
     head). Where the budget is less than twice `observed`, half of it observes, so that half can be chosen (the
     released code asks for a budget above `observed`). A request that is preempted keeps the same tokens: the rows
     of its output do not vote when they are computed again.
+
+    `layers=pyramid` (PyramidKV) and `heads=adakv` (Ada-KV) let the number of chosen tokens differ (`budgets`).
     """
 
     budget: float = 0.2
     observed: int = 32
     kernel: int = 5
+    layers: str = "uniform"
+    heads: str = "uniform"
 
     name: ClassVar[str] = "snapkv"
     idea: ClassVar[str] = "keep what the end of the prompt attends to, the end itself, and all that is generated"
@@ -45,6 +50,8 @@ class SnapKV(Retention):
         self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
         self.require("observed", self.observed >= 1, "at least 1")
         self.require("kernel", self.kernel >= 1, "at least 1")
+        self.require("layers", self.layers in LAYERS, f"one of {', '.join(LAYERS)}")
+        self.require("heads", self.heads in HEADS, f"one of {', '.join(HEADS)}")
 
     @property
     def drops(self) -> bool:
@@ -68,13 +75,15 @@ class SnapKV(Retention):
         if view.num_prompt <= view.capacity:
             return Kept(kept)
         observed = self.observed_rows(view.num_prompt)
+        older = view.num_prompt - observed
+        num_chosen = LAYERS[self.layers](view.capacity - observed, older, view.shape[0])
         for layer in range(view.shape[0]):
-            votes = self._pooled(view.rows(layer).sum((1, 2))[:, : view.num_prompt - observed])
-            loser = votes.argsort(dim=-1, descending=True, stable=True)[..., view.capacity - observed :]
-            kept[layer].scatter_(-1, loser, False)
+            votes = pooled(view.rows(layer).sum((1, 2))[:, :older], self.kernel)
+            kept[layer, :, :older] = HEADS[self.heads](votes, num_chosen[layer])
         return Kept(kept)
 
-    def _pooled(self, votes: Tensor) -> Tensor:
-        """For each token the largest of the `kernel` votes [H, T] around it."""
-        before = self.kernel // 2
-        return max_pool1d(pad(votes, (before, self.kernel - 1 - before)), self.kernel, stride=1)
+
+def pooled(votes: Tensor, kernel: int) -> Tensor:
+    """For each token the largest of the `kernel` votes [H, T] around it."""
+    before = kernel // 2
+    return max_pool1d(pad(votes, (before, kernel - 1 - before)), kernel, stride=1)

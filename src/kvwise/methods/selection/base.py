@@ -65,6 +65,14 @@ class Index(ABC):
         token is added, with a guessed query; any other afterwards, with the real one.
         """
 
+    def order(self, layer: int, row: int, first: int) -> Tensor | None:
+        """In which order tokens `first`, `first + 1`, ... lie best on the host: int64 [H, n]; None: as they came.
+
+        Asked after `build` and after each `add`, `first` tokens having been ordered before. What a query reads
+        together then lies together, and is fetched in few long runs.
+        """
+        return None
+
     @abstractmethod
     def drop(self, row: int) -> None:
         """Forget a request; one that is not known is no error."""
@@ -82,6 +90,16 @@ class Selection(Method):
     axis: ClassVar[Axis] = Axis.SELECTION
     num_full_layers: ClassVar[int] = 0  # first layers that stay on the device and are read in full
     looks_ahead: ClassVar[bool] = True  # chooses by a query guessed one layer ahead; False: by the layer's own
+    grows: ClassVar[bool] = False  # whether tokens made since the prompt may be read beyond the budget
+
+    @property
+    def kept_steps(self) -> int:
+        """Steps for which a fetched row stays on the device, to be read again without being fetched."""
+        return 0
+
+    def full_layers(self, num_layers: int) -> int:
+        """How many layers of a model are read in full: however few it has, the method decides in one, if it can."""
+        return min(self.num_full_layers, max(num_layers - 1, 1 if self.looks_ahead else 0))
 
     @abstractmethod
     def index(self, shape: IndexShape) -> Index:
@@ -93,6 +111,19 @@ class Selection(Method):
         The last score is that of the query's own token, which is never named. An audit compares with this.
         """
         return near(scores[..., :-1], math.inf, num)
+
+
+def likeliest(scores: Tensor, num: int) -> Tensor:
+    """The tokens int64 [H, num] with the largest attention, added up over the group; `scores` as in `best`."""
+    return scores.softmax(-1).sum(1)[..., :-1].topk(num, dim=-1).indices
+
+
+def voted(scores: Tensor) -> Tensor:
+    """Scores [H, G, C] of places to read -> [H, C]: the group's query heads add their probabilities, as logarithms.
+
+    With one query head the order is that of its scores.
+    """
+    return scores.log_softmax(-1).logsumexp(1)
 
 
 def near(scores: Tensor, alpha: float, most: int) -> Tensor:

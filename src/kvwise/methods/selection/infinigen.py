@@ -27,12 +27,14 @@ class InfiniGen(Selection):
     With rotary positions the skew is applied after the rotation. The released code ranks columns by |q| alone and
     defaults to a ratio of 0.2. With grouped queries (not in the paper) a token counts as near for a KV head by the
     query head that wants it most. With prefix sharing |q| is summed over the computed rows only, so which columns are
-    chosen depends on how much of the prompt was shared.
+    chosen depends on how much of the prompt was shared. Rows that one of the last `keep` steps read are still on the
+    device and are not fetched again; the paper fetches all anew (0).
     """
 
     budget: float = 0.2
     alpha: float = 4.0
     ratio: float = 0.3
+    keep: int = 0
 
     name: ClassVar[str] = "infinigen"
     idea: ClassVar[str] = "keep all KV in host memory and fetch what the next layer is guessed to need"
@@ -44,6 +46,12 @@ class InfiniGen(Selection):
         self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
         self.require("alpha", self.alpha >= 0, "0 or more")
         self.require("ratio", 0 < self.ratio <= 1, "above 0, at most 1")
+        self.require("keep", self.keep >= 0, "0 or more")
+
+    @property
+    def kept_steps(self) -> int:
+        """As asked."""
+        return self.keep
 
     def index(self, shape: IndexShape) -> InfiniGenIndex:
         """Partial keys of every request, with the skews of the model."""

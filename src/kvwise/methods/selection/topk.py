@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvwise.core.method import Trait
-from kvwise.methods.selection.base import Index, IndexShape, Selection
+from kvwise.methods.selection.base import Index, IndexShape, Selection, likeliest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +23,12 @@ class TopK(Selection):
     A layer's real query is scored against exact keys, and of the tokens before it the `budget` share (at least one)
     with the largest attention is fetched from the host, while the layer waits. Query heads that share a KV head add
     their probabilities. The keys of all tokens stay on the device to be scored: a measure of quality, not a way to
-    save memory; the bytes that are fetched are those of any method with this budget.
+    save memory; the bytes that are fetched are those of any method with this budget. Rows that one of the last `keep`
+    steps read are still on the device and are not fetched again.
     """
 
     budget: float = 0.2
+    keep: int = 0
 
     name: ClassVar[str] = "topk"
     idea: ClassVar[str] = "keep all KV in host memory and fetch exactly what each query attends to most"
@@ -36,6 +38,12 @@ class TopK(Selection):
 
     def __post_init__(self) -> None:
         self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
+        self.require("keep", self.keep >= 0, "0 or more")
+
+    @property
+    def kept_steps(self) -> int:
+        """As asked."""
+        return self.keep
 
     def index(self, shape: IndexShape) -> TopKIndex:
         """The keys of every request."""
@@ -43,7 +51,7 @@ class TopK(Selection):
 
     def best(self, scores: Tensor, num: int) -> Tensor:
         """The tokens with the largest probabilities, summed over the group."""
-        return scores.softmax(-1).sum(1)[..., :-1].topk(num, dim=-1).indices
+        return likeliest(scores, num)
 
 
 @dataclass(slots=True)

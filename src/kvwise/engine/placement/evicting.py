@@ -1,0 +1,311 @@
+"""Evicting: who leaves while a settled request decodes, one token for one, in sweeps, or by whole packed pages."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvwise.cache.manager import CacheManager
+from kvwise.engine.placement.base import Failure
+from kvwise.engine.placement.marking import mark, slots_in
+from kvwise.engine.placement.page_state import Heads, Ints, PageState
+from kvwise.engine.placement.sealing import Sealer
+from kvwise.engine.placement.settling import PromptKV
+from kvwise.engine.sequence import Sequence as Seq
+from kvwise.kernels.base import Kernels
+from kvwise.methods.retention.base import DecodeView, Kept, Residual, Retention
+from kvwise.tiers.arena import Arena
+
+Bools = npt.NDArray[np.bool_]
+
+
+class Evictor:
+    """Asks a retention method who leaves, and carries it out on a `PageState`.
+
+    Tokens in open pages leave one by one: the next token takes a victim's slot, or a sweep moves what stays together.
+    Packed tokens share their page's codes, so they leave by whole pages, the one worth least on average first, as soon
+    as a head holds a page more than it may. Whoever leaves is folded into the `residual`, if the method has one.
+    """
+
+    def __init__(
+        self, retention: Retention, cache: CacheManager, arena: Arena, kernels: Kernels, state: PageState,
+        sealer: Sealer | None, residual: Residual | None, group: int,
+    ) -> None:  # fmt: skip
+        self._retention = retention
+        self._cache = cache
+        self._arena = arena
+        self._kernels = kernels
+        self._state = state
+        self._sealer = sealer
+        self._residual = residual
+        self._group = group  # query heads of a KV head
+        self._size = arena.layout.block_size
+
+    def leave_prompt(self, row: int, kept: Kept, prompt: PromptKV) -> None:
+        """The prompt's tokens that do not stay leave, before anything is moved."""
+        if self._residual is None:
+            return
+        self._residual.start(row)
+        for layer in range(kept.mask.shape[0]):
+            head, token = (~kept.mask[layer]).nonzero(as_tuple=True)
+            rows, layers = torch.full_like(head, row), torch.full_like(head, layer)
+            self._residual.fold(rows, layers, head, prompt.keys(layer)[head, token], prompt.values(layer)[head, token])
+
+    def after_step(self, sequences: Sequence[Seq]) -> list[Failure]:
+        """The step's tokens are stored and have attended: heads that hold more than they may let somebody go."""
+        rows = _rows(sequences)
+        if self._retention.marks_rows:
+            self._mark(rows, sequences)
+        interval = self._retention.sweep_interval
+        if interval is not None:
+            due = [s for s in sequences if s.num_computed > s.num_prompt and not s.num_computed % interval]
+            return self._each(due, self._sweep)
+        least = 1 if self._sealer is None else self._sealer.page_tokens
+        over: Bools = np.asarray(self._state.used[rows] >= self._state.limit[rows].astype(np.int64) + least)
+        late = [s for i, s in enumerate(sequences) if over[i].any()]
+        return self._each(late, self._replace if self._sealer is None else self._drop_pages)
+
+    def _each(self, sequences: Sequence[Seq], act: Callable[[Sequence[Seq]], None]) -> list[Failure]:
+        """Do it for all at once; if that fails, one by one: only the requests that it fails on suffer."""
+        if not sequences:
+            return []
+        try:
+            act(sequences)
+        except Exception as error:  # a method is somebody's code: it may raise anything
+            if len(sequences) == 1:
+                return [(sequences[0], error)]
+            return [failure for sequence in sequences for failure in self._each([sequence], act)]
+        return []
+
+    def _mark(self, rows: Ints, sequences: Sequence[Seq]) -> None:
+        """Tokens that the new row attends to (at least 1 / number of keys, on average of the group) are marked."""
+        state = self._state
+        used, widths = self._used(rows)
+        index = state.on_device(rows)
+        mass, marked = [self._arena.columns["mass"]], [self._arena.columns["marked"]]
+        slots = [slots_in(state.tables[index][..., : widths[1]], self._size)]
+        if self._sealer is not None:
+            columns = self._sealer.columns
+            mass, marked = [columns["mass"], *mass], [columns["marked"], *marked]
+            slots = [slots_in(state.packed[index][..., : widths[0]], self._sealer.page_tokens), *slots]
+        bound = self._group / state.on_device(state.used[rows]).float()
+        position = torch.tensor([s.num_computed - 1 for s in sequences], device=state.device)
+        mark(mass, marked, slots, used, bound, position)
+
+    # -- one for one --------------------------------------------------------------------------------------------
+
+    def _replace(self, sequences: Sequence[Seq]) -> None:
+        """In each head over its limit the token worth least leaves; the next one takes its slot."""
+        rows, state = _rows(sequences), self._state
+        view = self._view(sequences)
+        worth = self._worth(view)
+        lowest, victims = worth.min(-1)
+        over = state.used[rows] > state.limit[rows]
+        on_device = state.on_device(over)
+        if bool((lowest.isposinf() & on_device).any()):
+            raise ValueError(f"{self._retention.name} lets no token go in a head that is over its limit")
+        index = state.on_device(rows)
+        state.write[index] = torch.where(on_device, victims.to(torch.int32), state.write[index])
+        self._leave(rows, over, victims)
+        for sequence, count in zip(sequences, over.sum((1, 2)).tolist(), strict=True):
+            self._attest(sequence, count)
+
+    def _leave(self, rows: Ints, over: Bools, victims: Tensor) -> None:
+        if self._residual is None:
+            return
+        b, layer, head = np.nonzero(over)
+        heads = Heads(rows[b], layer, head)
+        index: Ints = victims.cpu().numpy()[over]
+        tokens: Ints = index + self._state.open_base[heads.place]
+        self._fold(heads, self._state.open_slots(heads, tokens))
+
+    def _fold(self, heads: Heads, slots: Tensor) -> None:
+        assert self._residual is not None
+        keys, values = (self._kernels.gather(a, slots).float() for a in (self._arena.keys, self._arena.values))
+        rows, layers, places = (self._state.on_device(part) for part in heads.place)
+        self._residual.fold(rows, layers, places, keys, values)
+
+    # -- whole packed pages -------------------------------------------------------------------------------------
+
+    def _drop_pages(self, sequences: Sequence[Seq]) -> None:
+        """In each head over its limit by a page or more, the packed pages worth least on average leave."""
+        assert self._sealer is not None
+        rows, state, size = _rows(sequences), self._state, self._sealer.page_tokens
+        over = (state.used[rows].astype(np.int64) - state.limit[rows]) // size
+        sealed = state.value_length[rows] // size
+        left = np.clip(np.minimum(over, sealed), 0, None)
+        if not left.any():
+            return
+        view = self._view(sequences)
+        width = self._packed_width(rows)
+        pages = self._worth(view)[..., : width * size].reshape(*view.used.shape[:-1], width, size).mean(-1)
+        whole = torch.arange(width, device=pages.device) < state.on_device(sealed)[..., None]
+        pages = pages.masked_fill(~whole, torch.inf)
+        gone = np.zeros(tuple(pages.shape), np.bool_)
+        while left.any():
+            lowest, least = (part.cpu().numpy() for part in pages.min(-1))
+            left[~np.isfinite(lowest)] = 0
+            b, layer, head = np.nonzero(left)
+            gone[b, layer, head, least[b, layer, head]] = True
+            pages.masked_fill_(state.on_device(gone), torch.inf)
+            left[b, layer, head] -= 1
+        self._drop(sequences, gone)
+
+    def _drop(self, sequences: Sequence[Seq], gone: Bools) -> None:
+        """The packed pages `gone` [B, L, H, M] leave."""
+        assert self._sealer is not None
+        state, size = self._state, self._sealer.page_tokens
+        self._fold_pages(_rows(sequences), gone)
+        for sequence, mine in zip(sequences, gone, strict=True):
+            row = sequence.row
+            assert row is not None
+            if not mine.any():
+                continue
+            held = self._cache.packed_table(row)[0]
+            named = np.zeros(held.shape, np.bool_)
+            named[..., : mine.shape[-1]] = mine[..., : held.shape[-1]]
+            state.note_packed(row, self._cache.drop_packed(row, named))
+            count = mine.sum(-1).astype(np.int32) * size
+            for part in (state.used, state.key_length, state.value_length, state.open_base):
+                part[row] -= count
+            self._attest(sequence, int(count.sum()))
+
+    def _fold_pages(self, rows: Ints, gone: Bools) -> None:
+        if self._residual is None or not gone.any():
+            return
+        assert self._sealer is not None
+        b, layer, head, nth = np.nonzero(gone)
+        heads = Heads(rows[b], layer, head)
+        size = self._sealer.page_tokens
+        pages = self._state.packed_slots(heads, nth * size, size) // size
+        keys, values = self._kernels.unseal(self._sealer.packed, pages)
+        rows_, layers, places = (self._state.on_device(np.repeat(part, size)) for part in heads.place)
+        self._residual.fold(rows_, layers, places, keys.flatten(0, 1), values.flatten(0, 1))
+
+    # -- sweeps -------------------------------------------------------------------------------------------------
+
+    def _sweep(self, sequences: Sequence[Seq]) -> None:
+        """What does not stay leaves and the rest moves together; packed pages leave if none of their tokens stays."""
+        view = self._view(sequences)
+        stays = self._retention.stays(view)
+        if stays.shape != view.used.shape or stays.dtype is not torch.bool:
+            raise ValueError(f"{self._retention.name} told what stays as {tuple(stays.shape)} {stays.dtype}")
+        stays = stays & view.used
+        if not bool(stays.any(-1).all()):
+            raise ValueError(f"{self._retention.name} lets every token of a head go: at least one must stay")
+        if self._sealer is None:
+            for i, sequence in enumerate(sequences):
+                self._compact(sequence, stays[i], view.used[i])
+            return
+        rows, size = _rows(sequences), self._sealer.page_tokens
+        width = self._packed_width(rows)
+        some = stays[..., : width * size].reshape(*view.used.shape[:-1], width, size).any(-1).cpu().numpy()
+        whole = np.arange(width) < (self._state.value_length[rows] // size)[..., None]
+        self._drop(sequences, whole & ~some)
+
+    def _compact(self, sequence: Seq, stays: Tensor, used: Tensor) -> None:
+        """Move what stays [L, H, S] to the front of its head's pages and free the others."""
+        row, state = sequence.row, self._state
+        assert row is not None
+        gone = used & ~stays
+        if not bool(gone.any()):
+            return
+        if self._residual is not None:
+            self._fold(*self._places(row, gone))
+        layer, head, index = stays.nonzero(as_tuple=True)
+        rank = (stays.cumsum(-1) - 1)[layer, head, index]
+        tables = state.tables[row].long()
+        source = tables[layer, head, index // self._size] * self._size + index % self._size
+        target = tables[layer, head, rank // self._size] * self._size + rank % self._size
+        moved = source != target
+        for column in (self._arena.keys, self._arena.values, *self._arena.columns.values()):
+            self._kernels.move_slots(column, source[moved], target[moved])
+        counts = stays.sum(-1).cpu().numpy().astype(np.int32)
+        self._attest(sequence, int((state.used[row] - counts).sum()))
+        state.used[row] = counts
+        state.note_ends(np.array([row]))
+        num_pages = np.minimum(-(-(counts + 1) // self._size), self._cache.page_table(row)[1])
+        state.note_tables(row, self._cache.trim_pages(row, num_pages.astype(np.int64)))
+
+    def _places(self, row: int, which: Tensor) -> tuple[Heads, Tensor]:
+        layer, head, index = which.nonzero().T.cpu().numpy()
+        heads = Heads(np.full_like(layer, row), layer, head)
+        tokens: Ints = index + self._state.open_base[heads.place]
+        return heads, self._state.open_slots(heads, tokens)
+
+    # -- views --------------------------------------------------------------------------------------------------
+
+    def _worth(self, view: DecodeView) -> Tensor:
+        worth = self._retention.worth(view)
+        if worth.shape != view.used.shape:
+            raise ValueError(
+                f"{self._retention.name} told the worth of slots as {tuple(worth.shape)}, not {tuple(view.used.shape)}"
+            )
+        return worth.masked_fill(~view.used, torch.inf)
+
+    def _used(self, rows: Ints) -> tuple[Tensor, tuple[int, int]]:
+        """Which slots hold tokens, bool [B, L, H, S], of so many packed and then open pages a head."""
+        state = self._state
+        num_open = max(1, int(-(-state.num_open[rows].max() // self._size)))
+        base = state.on_device(state.open_base[rows])[..., None]
+        token = torch.arange(num_open * self._size, device=state.device) + base
+        used = token < state.on_device(state.used[rows])[..., None]
+        if self._sealer is None:
+            return used, (0, num_open)
+        width, lengths = self._packed_width(rows), state.on_device(state.key_length[rows])[..., None]
+        sealed = torch.arange(width * self._sealer.page_tokens, device=state.device) < lengths
+        return torch.cat([sealed, used & (token >= lengths)], -1), (width, num_open)
+
+    def _packed_width(self, rows: Ints) -> int:
+        assert self._sealer is not None
+        return max(1, int(-(-self._state.key_length[rows].max() // self._sealer.page_tokens)))
+
+    def _view(self, sequences: Sequence[Seq]) -> DecodeView:
+        """Tokens of these requests: packed ones first, then open slots."""
+        rows, state = _rows(sequences), self._state
+        index = state.on_device(rows)
+        used, (num_packed, num_open) = self._used(rows)
+        tables = state.tables[index][..., :num_open].long()
+        columns = {name: column[tables].flatten(-2) for name, column in self._arena.columns.items()}
+        if self._sealer is not None:
+            packed = state.packed[index][..., :num_packed].long()
+            sealed = {name: column[packed].flatten(-2) for name, column in self._sealer.columns.items()}
+            columns = {name: torch.cat([sealed[name], column], -1) for name, column in columns.items()}
+        return DecodeView(
+            columns["positions"],
+            columns.get("marked", columns.get("mass")),
+            used,
+            torch.tensor([s.num_computed for s in sequences], device=state.device),
+            state.on_device(state.limit[rows]).long(),
+            state.marks[index],
+        )
+
+    def kept_positions(self, sequence: Seq) -> list[list[list[int]]]:
+        """Positions held by each layer and head, sorted; a victim whose slot is not yet written over has left."""
+        row = sequence.row
+        assert row is not None
+        shape = self._state.used.shape[1:]
+        if "positions" not in self._arena.columns:  # nothing is ever dropped
+            return [[list(range(count)) for count in layer] for layer in self._state.used[row].tolist()]
+        view = self._view([sequence])
+        used = view.used[0].clone()
+        if self._sealer is None:
+            holes = np.argwhere(self._state.used[row] > self._state.limit[row])
+            for layer, head in holes.tolist():
+                used[layer, head, int(self._state.write[row, layer, head])] = False
+        positions = view.positions[0]
+        return [
+            [sorted(positions[layer, head][used[layer, head]].tolist()) for head in range(shape[1])]
+            for layer in range(shape[0])
+        ]
+
+    def _attest(self, sequence: Seq, count: int) -> None:
+        told, name = sequence.attestation, self._retention.name
+        told.tokens_dropped += count
+        told.did[name] = told.did.get(name, 0) + count
+
+
+def _rows(sequences: Sequence[Seq]) -> Ints:
+    return np.array([s.row for s in sequences], dtype=np.int64)

@@ -1,0 +1,64 @@
+"""One step of settled requests: new tokens go to pages of their own, and all that is held is attended to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvwise.kernels.base import Kernels, Sealed, Segment
+from kvwise.methods.retention.base import Residual
+from kvwise.tiers.arena import Arena
+
+
+@dataclass
+class PagePart:
+    """Settled sequences in pages of their own: tables int32 [L, B, H, N], lengths int32 [L, B, H].
+
+    `slots` int64 [L, T, H] is where each head puts the new tokens (slots in page space): at the end, or where a victim
+    was. `sealed`: each layer's packed pages. `residual`: what stands for tokens that have left, with the sequences'
+    `index` int64 [B].
+    """
+
+    rows: slice
+    kernels: Kernels
+    arena: Arena
+    query_start: Tensor
+    query_positions: Tensor
+    tables: Tensor
+    lengths: Tensor
+    slots: Tensor
+    index: Tensor
+    mass: bool = False
+    sealed: Sequence[Sealed] | None = None
+    residual: Residual | None = None
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor | None, values: Tensor | None, *, scale: float,
+        window: int | None, softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Append (unless an earlier layer has stored for this one), then attend: all that is held is past."""
+        owns = keys is not None and values is not None
+        if keys is not None and values is not None:
+            self.kernels.append(keys, values, self.arena.keys, self.arena.values, self.slots[layer])
+        segment = Segment(
+            self.arena.keys,
+            self.arena.values,
+            self.tables[layer],
+            self.lengths[layer],
+            positions=self.arena.columns["positions"] if window is not None and self._has_positions else None,
+            mass=self.arena.columns["mass"] if self.mass and owns else None,
+            sealed=None if self.sealed is None else self.sealed[layer],
+        )
+        found = self.kernels.attend(
+            queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap,
+            query_positions=self.query_positions if window is not None else None,
+            want_lse=self.residual is not None,
+        )  # fmt: skip
+        if self.residual is None:
+            return found.out
+        assert found.lse is not None
+        return self.residual.merge(layer, self.index, queries, found.out, found.lse)
+
+    @property
+    def _has_positions(self) -> bool:
+        return "positions" in self.arena.columns
