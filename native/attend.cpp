@@ -101,7 +101,22 @@ class Attend {
         v.block_size = segment.block_size;
         v.length = length(segment, b, h);
         v.causal = segment.causal;
+        if (segment.is_sealed) look_into_packed(segment, b, h, v);
         return v;
+    }
+
+    void look_into_packed(const Segment& segment, int32_t b, int32_t h, SegmentView& v) const {
+        const int64_t at = b * segment.sealed_stride + h * segment.sealed_head_stride;
+        v.packed = &segment.packed;
+        v.packed_table =
+            segment.packed_tables + b * segment.packed_table_stride + h * segment.packed_table_head_stride;
+        v.key_length = std::min(segment.key_lengths[at], v.length);
+        v.value_length = std::min(segment.value_lengths[at], v.length);
+        v.open_base = segment.open_bases[at];
+        if (segment.key_channels)
+            v.key_channels = segment.key_channels + (int64_t(b) * call_.num_heads + h) * segment.packed.keys.dim;
+        v.packed_positions = segment.packed_positions;
+        v.packed_mass = segment.packed_mass;
     }
 
     std::vector<SegmentView> views(int32_t b, int32_t h) const {
@@ -135,7 +150,7 @@ class Attend {
 
     bool wants_mass(int32_t b) const {
         if (counted_queries(b) == 0) return false;
-        return std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.mass != nullptr; });
+        return std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.mass || s.packed_mass; });
     }
 
     // A wrong page would read foreign memory: looking at every used table entry costs well under 1 % of reading its
@@ -153,7 +168,8 @@ class Attend {
     }
 
     void check_table(const Segment& segment, int32_t b, int32_t h) const {
-        const int64_t used = length(segment, b, h), entries = (used + segment.block_size - 1) / segment.block_size;
+        const int64_t used = segment.is_sealed ? check_packed(segment, b, h) : length(segment, b, h);
+        const int64_t entries = (used + segment.block_size - 1) / segment.block_size;
         if (used < 0 || entries > segment.table_width) {
             throw std::invalid_argument("sequence " + std::to_string(b) + " has length " + std::to_string(used) +
                                         ", its table holds 0 to " +
@@ -174,6 +190,37 @@ class Attend {
                                         ", whose last page " + std::to_string(last_page) +
                                         " lies outside the arena of " + std::to_string(segment.num_pages) + " pages");
         }
+    }
+
+    // Slots that a sealed segment uses of its open pages; throws if what it says of packed pages cannot be.
+    int64_t check_packed(const Segment& segment, int32_t b, int32_t h) const {
+        const SegmentView v = view(segment, b, h);
+        const int64_t tokens = segment.packed.page_tokens, entries = (v.key_length + tokens - 1) / tokens;
+        const std::string whose = "sequence " + std::to_string(b) + ", head " + std::to_string(h);
+        if (v.length < 0 || v.open_base < 0 || v.open_base > v.value_length || v.value_length > v.key_length) {
+            throw std::invalid_argument(whose + ": open base " + std::to_string(v.open_base) + ", packed values " +
+                                        std::to_string(v.value_length) + " and packed keys " +
+                                        std::to_string(v.key_length) + " must be in this order and not below 0");
+        }
+        if (entries > segment.packed_table_width) {
+            throw std::invalid_argument(whose + " has " + std::to_string(v.key_length) +
+                                        " packed keys, its table holds 0 to " +
+                                        std::to_string(segment.packed_table_width * tokens));
+        }
+        for (int64_t i = 0; i < entries; ++i) {
+            if (v.packed_table[i] < 0 || v.packed_table[i] >= segment.packed.num_pages) {
+                throw std::invalid_argument(whose + " has packed page " + std::to_string(v.packed_table[i]) +
+                                            " outside the arena of " + std::to_string(segment.packed.num_pages) +
+                                            " pages");
+            }
+        }
+        for (int32_t d = 0; v.key_channels && d < segment.packed.keys.dim; ++d) {
+            if (v.key_channels[d] < 0 || v.key_channels[d] >= call_.shape.key_dim) {
+                throw std::invalid_argument(whose + " keeps channel " + std::to_string(v.key_channels[d]) + " of " +
+                                            std::to_string(call_.shape.key_dim));
+            }
+        }
+        return v.length > v.value_length ? v.length - v.open_base : 0;
     }
 
     // Rows that no sequence owns: out 0, lse -inf.
@@ -246,7 +293,7 @@ class Attend {
         }
         if (!wants_mass(b)) return;
         for (int32_t s = 0; s < int32_t(segments_.size()); ++s) {
-            if (!segments_[s].mass) continue;
+            if (!segments_[s].mass && !segments_[s].packed_mass) continue;
             const int64_t slots = length(segments_[s], b, h);
             for (int64_t from = 0; from < slots; from += kMassKeys)
                 mass_tasks_.push_back({b, h, s, from, std::min<int64_t>(from + kMassKeys, slots)});
@@ -264,9 +311,30 @@ class Attend {
 
     int64_t decode_floats(int32_t b, int64_t keys) const {
         const int64_t rows = rows_of(b);
-        const int64_t tiles = wants_mass(b) ? decode_tiles(keys, int32_t(segments_.size())) : 0;
-        return rows * (padded(call_.shape.key_dim) + padded(call_.shape.value_dim) + 2 + kDecodeTile + kDecodeSlack) +
-               tiles * rows * (kDecodeTile + 1);
+        const int64_t tiles = wants_mass(b) ? decode_tiles(keys, int32_t(segments_.size()), shortest_tile()) : 0;
+        return rows * (padded_query(call_.shape.key_dim) + padded(call_.shape.value_dim) + 2 + kDecodeTile +
+                       kDecodeSlack) +
+               tiles * rows * (kDecodeTile + 1) + packed_floats(rows);
+    }
+
+    bool any_sealed() const {
+        return std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.is_sealed; });
+    }
+
+    int64_t unpacked_floats() const {
+        return kDecodeTile * padded(std::max(call_.shape.key_dim, call_.shape.value_dim));
+    }
+
+    int64_t packed_floats(int64_t rows) const {
+        return any_sealed() ? rows * padded_query(call_.shape.key_dim) + unpacked_floats() : 0;
+    }
+
+    int64_t shortest_tile() const {
+        int64_t shortest = 16;
+        for (const Segment& segment : segments_) {
+            if (segment.is_sealed) shortest = std::min(shortest, segment.packed.page_tokens);
+        }
+        return shortest;
     }
 
     DecodeTask decode_task(int32_t b, int32_t h, int64_t from, int64_t to, float* memory) const {
@@ -282,13 +350,17 @@ class Attend {
             memory += n;
             return taken;
         };
-        task.scaled_queries = take(rows * padded(call_.shape.key_dim));
+        task.scaled_queries = take(rows * padded_query(call_.shape.key_dim));
         task.result.out = take(rows * padded(call_.shape.value_dim));
         task.scratch = take(rows * (kDecodeTile + kDecodeSlack));
         task.result.maximum = take(rows);
         task.result.sum = take(rows);
+        if (any_sealed()) {
+            task.chosen_queries = take(rows * padded_query(call_.shape.key_dim));
+            task.unpacked = take(unpacked_floats());
+        }
         if (wants_mass(b)) {
-            const int64_t tiles = decode_tiles(to - from, task.num_segments);
+            const int64_t tiles = decode_tiles(to - from, task.num_segments, shortest_tile());
             task.tile_maximum = take(tiles * rows);
             task.probabilities = take(tiles * rows * kDecodeTile);
         }
@@ -394,7 +466,14 @@ class Attend {
         const SegmentView& segment = task.segment;
         const std::lock_guard<std::mutex> lock(head_locks_[mass.head]);
         for (int64_t i = 0; i < slots; ++i) {
-            const int64_t index = mass.from + i;
+            const int64_t index = mass.from + i - segment.open_base;
+            if (mass.from + i < segment.key_length) {
+                const int64_t tokens = segment.packed->page_tokens, row = mass.from + i;
+                if (segment.packed_mass)
+                    segment.packed_mass[segment.packed_table[row / tokens] * tokens + row % tokens] += received[i];
+                continue;
+            }
+            if (!segment.mass) return;
             const int64_t page = segment.table[index / segment.block_size] * segment.page_stride + segment.page_offset;
             segment.mass[page * segment.block_size + index % segment.block_size] += received[i];
         }

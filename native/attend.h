@@ -29,6 +29,20 @@ struct Segment {
     bool causal;
     const int32_t* positions;
     float* mass;
+    bool is_sealed;  // with packed pages before the open ones; all below is theirs
+    PackedPages packed;
+    const int32_t* packed_tables;
+    int64_t packed_table_stride;
+    int64_t packed_table_head_stride;
+    int64_t packed_table_width;
+    const int32_t* key_lengths;  // these three with strides of [B, H]
+    const int32_t* value_lengths;
+    const int32_t* open_bases;
+    int64_t sealed_stride;
+    int64_t sealed_head_stride;
+    const int32_t* key_channels;  // [B, H, dim], null: all
+    const int32_t* packed_positions;
+    float* packed_mass;
 };
 
 struct AttendCall {

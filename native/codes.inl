@@ -223,7 +223,7 @@ void walk_part(const PackedPart& part, const CodeWalk& walk, int32_t rows, Ahead
 inline bool folds(const Shape& shape, const PackedPart& part, bool keys) {
     const bool whole_vectors = part.group % kCodeLanes == 0 || part.num_groups() == 1;
     return part.coded && !shape.exact && part.by_channel == keys && whole_vectors &&
-           (keys ? part.padded_inner : kDecodeTile + 2 * kCodeUnit) <= kMaxInner;
+           (keys ? part.padded_inner : part.padded_lanes) <= kMaxInner;
 }
 
 // Lanes and inner units of a part that some rows of a page touch, in whole vectors.

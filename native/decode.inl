@@ -1,78 +1,8 @@
 // Attention of a few rows over many keys: bound by reading K and V, so each page is read once and the next is on its
 // way. Included by instruction_set.cpp, once per instruction set. Scores, probabilities and sums are float32 for every
-// storage.
+// storage; products with codes are integer ones (codes.inl) where they fold, else float32 as well (unpack.inl).
 
 namespace {
-
-constexpr int64_t kDecodeTileBytes = 32 * 1024;
-
-// A run of neighbouring slots inside one page.
-struct Span {
-    int64_t slot;
-    int32_t count;
-};
-
-// Up to kDecodeTile slots in table order, as spans.
-struct Tile {
-    Span spans[kDecodeTile];
-    int32_t num_spans;
-    int32_t first;  // index in table order of its first slot
-    int32_t count;
-};
-
-// Keys of a decode tile: K and V of one tile stay in the first-level cache while the next ones arrive.
-inline int32_t decode_tile_keys(const Shape& shape) {
-    const int64_t row_bytes = (shape.key_dim + shape.value_dim) * (shape.storage == Storage::kFloat32 ? 4 : 2);
-    const int64_t keys = kDecodeTileBytes / row_bytes;
-    return keys >= 64 ? 64 : keys >= 32 ? 32 : 16;
-}
-
-inline void cut_tile(const SegmentView& segment, int64_t first, int64_t last, int32_t max_keys, Tile& tile) {
-    tile.num_spans = 0;
-    tile.first = int32_t(first);
-    int64_t index = first;
-    const int64_t stop = last < first + max_keys ? last : first + max_keys;
-    while (index < stop) {
-        const int64_t entry = index / segment.block_size, offset = index % segment.block_size;
-        const int64_t room = segment.block_size - offset;
-        const int32_t count = int32_t(stop - index < room ? stop - index : room);
-        const int64_t page = int64_t(segment.table[entry]) * segment.page_stride + segment.page_offset;
-        tile.spans[tile.num_spans++] = {page * segment.block_size + offset, count};
-        index += count;
-    }
-    tile.count = int32_t(index - first);
-}
-
-// The rows of a tile as cache lines to fetch, a few per row computed: requests to memory overlap with arithmetic and
-// never come in bursts. (Pages are 4 KiB or less and far apart, so the hardware's own prefetcher sees no stream.)
-class Ahead {
-  public:
-    Ahead(const void* arena, int64_t row_bytes, const Tile& tile)
-        : arena_(static_cast<const char*>(arena)), row_bytes_(row_bytes), tile_(tile) {}
-
-    void fetch(int32_t lines) {
-        for (; lines > 0; --lines, at_ += 64) {
-            if (at_ >= end_) {
-                if (span_ == tile_.num_spans) return;
-                at_ = arena_ + tile_.spans[span_].slot * row_bytes_;
-                end_ = at_ + tile_.spans[span_].count * row_bytes_;
-                ++span_;
-            }
-            __builtin_prefetch(at_, 0, 3);
-        }
-    }
-
-    // Lines to fetch per row when the whole tile is to be fetched in `passes` walks over its rows.
-    int32_t lines_per_row(int32_t passes) const { return int32_t((row_bytes_ + 64 * passes - 1) / (64 * passes)); }
-
-  private:
-    const char* arena_;
-    int64_t row_bytes_;
-    const Tile& tile_;
-    int32_t span_ = 0;
-    const char* at_ = nullptr;
-    const char* end_ = nullptr;
-};
 
 // Dot products of R rows with TK = kLanes / R keys at once: lane r * TK + t of one vector is row r, key t.
 template <class S, int R>
@@ -101,13 +31,14 @@ inline Vec dot_products(const float* queries, int64_t query_stride, const typena
 // Scores [R, kDecodeTile + slack] of a tile. Stores run over the end of a span; the next span overwrites what is not
 // its own.
 template <class S, int R>
-void tile_scores(const float* queries, int64_t query_stride, const typename S::Bits* keys, int32_t dim,
-                 const Tile& tile, Ahead& ahead, float* scores, int64_t score_stride) {
+void tile_scores(const float* queries, int64_t query_stride, const RowSource& source, Ahead& ahead, float* scores,
+                 int64_t score_stride) {
     constexpr int TK = R == 3 ? Vec::kLanes / 4 : Vec::kLanes / R;
+    const int32_t dim = source.dim, lines = TK * ahead.lines_per_row(1);
+    const auto* keys = reinterpret_cast<const typename S::Bits*>(source.base);
     int32_t written = 0;
-    const int32_t lines = TK * ahead.lines_per_row(1);
-    for (int32_t s = 0; s < tile.num_spans; ++s) {
-        const Span& span = tile.spans[s];
+    for (int32_t s = 0; s < source.num_spans; ++s) {
+        const Span& span = source.spans[s];
         const typename S::Bits* rows = keys + span.slot * dim;
         for (int32_t t = 0; t < span.count; t += TK) {
             const typename S::Bits* at[TK];
@@ -124,17 +55,18 @@ void tile_scores(const float* queries, int64_t query_stride, const typename S::B
 
 // out[r, C chunks from d] = out * alpha[r] + sum over the tile of p[r, t] * v[t, d].
 template <class S, int R, int C, bool Tail>
-inline void add_values(const float* probabilities, int64_t stride, const typename S::Bits* values, int32_t dim,
-                       int32_t d, const Tile& tile, Ahead& ahead, int32_t lines, const float* alpha, float* out,
-                       int64_t out_stride) {
+inline void add_values(const float* probabilities, int64_t stride, const RowSource& source, int32_t d, Ahead& ahead,
+                       int32_t lines, const float* alpha, float* out, int64_t out_stride) {
+    const int32_t dim = source.dim;
+    const auto* values = reinterpret_cast<const typename S::Bits*>(source.base);
     Vec sums[R][C];
     for (int r = 0; r < R; ++r) {
         for (int c = 0; c < C; ++c) sums[r][c] = load(out + r * out_stride + d + c * Vec::kLanes) * broadcast(alpha[r]);
     }
     const float* p = probabilities;
-    for (int32_t s = 0; s < tile.num_spans; ++s) {
-        const typename S::Bits* row = values + tile.spans[s].slot * dim + d;
-        for (int32_t t = 0; t < tile.spans[s].count; ++t, row += dim, ++p) {
+    for (int32_t s = 0; s < source.num_spans; ++s) {
+        const typename S::Bits* row = values + source.spans[s].slot * dim + d;
+        for (int32_t t = 0; t < source.spans[s].count; ++t, row += dim, ++p) {
             ahead.fetch(lines);
             Vec value[C];
             for (int c = 0; c < C; ++c) {
@@ -152,40 +84,18 @@ inline void add_values(const float* probabilities, int64_t stride, const typenam
 }
 
 template <class S, int R>
-void tile_values(const float* probabilities, int64_t stride, const typename S::Bits* values, int32_t dim,
-                 const Tile& tile, Ahead& ahead, const float* alpha, float* out, int64_t out_stride) {
+void tile_values(const float* probabilities, int64_t stride, const RowSource& source, Ahead& ahead, const float* alpha,
+                 float* out, int64_t out_stride) {
     constexpr int C = Vec::kLanes == 16 || R <= 2 ? 4 : 2;
     constexpr int W = Vec::kLanes;
+    const int32_t dim = source.dim;
     const int32_t lines = ahead.lines_per_row(dim / (C * W) > 0 ? dim / (C * W) : 1);
     int32_t d = 0;
-    for (; d + C * W <= dim; d += C * W) {
-        add_values<S, R, C, false>(probabilities, stride, values, dim, d, tile, ahead, lines, alpha, out, out_stride);
-    }
-    for (; d + W <= dim; d += W) {
-        add_values<S, R, 1, false>(probabilities, stride, values, dim, d, tile, ahead, lines, alpha, out, out_stride);
-    }
-    if (d < dim)
-        add_values<S, R, 1, true>(probabilities, stride, values, dim, d, tile, ahead, lines, alpha, out, out_stride);
-}
-
-// The slots [lo, hi) a query may see in one segment, before positions are looked at.
-struct Sight {
-    int32_t lo;
-    int32_t hi;
-    int32_t position;  // of the query
-};
-
-inline Sight sight_of(const Shape& shape, const SegmentView& segment, const QueryView& queries, int32_t query) {
-    const int32_t own = segment.length - queries.num_queries + query;
-    int32_t hi = segment.causal ? own + 1 : segment.length;
-    hi = hi < 0 ? 0 : hi > segment.length ? segment.length : hi;
-    int32_t lo = 0;
-    const int32_t position = queries.positions ? queries.positions[query] : own;
-    if (shape.window && !segment.positions) {
-        lo = position - shape.window + 1 > 0 ? position - shape.window + 1 : 0;
-        hi = hi < position + 1 ? hi : position + 1 > 0 ? position + 1 : 0;
-    }
-    return {lo, hi, position};
+    for (; d + C * W <= dim; d += C * W)
+        add_values<S, R, C, false>(probabilities, stride, source, d, ahead, lines, alpha, out, out_stride);
+    for (; d + W <= dim; d += W)
+        add_values<S, R, 1, false>(probabilities, stride, source, d, ahead, lines, alpha, out, out_stride);
+    if (d < dim) add_values<S, R, 1, true>(probabilities, stride, source, d, ahead, lines, alpha, out, out_stride);
 }
 
 // Where a key of the tile is invisible to this row its score becomes -inf.
@@ -197,11 +107,13 @@ inline void hide_keys(const Shape& shape, const SegmentView& segment, const Tile
             if (index < sight.lo || index >= sight.hi) scores[t] = kMinusInfinity;
         }
     }
-    if (!shape.window || !segment.positions) return;
+    const int32_t* positions = positions_of(segment, tile);
+    if (!by_position(shape, segment)) return;
     int32_t t = 0;
-    for (int32_t s = 0; s < tile.num_spans; ++s) {
-        for (int32_t i = 0; i < tile.spans[s].count; ++i, ++t) {
-            const int32_t distance = sight.position - segment.positions[tile.spans[s].slot + i];
+    for (int32_t s = 0; s < tile.num_key_slots(); ++s) {
+        const Span& span = tile.key_slots()[s];
+        for (int32_t i = 0; i < span.count; ++i, ++t) {
+            const int32_t distance = sight.position - (positions ? positions[span.slot + i] : tile.first + t);
             if (distance < 0 || distance >= shape.window) scores[t] = kMinusInfinity;
         }
     }
@@ -245,33 +157,81 @@ inline float online_softmax(float softcap, int32_t count, float* scores, float& 
 
 template <class S, int R>
 struct RowBlock {
-    static void scores(const float* q, int64_t q_stride, const typename S::Bits* keys, int32_t dim, const Tile& tile,
-                       Ahead& ahead, float* scores, int64_t stride, int32_t rows) {
-        if (rows >= R) return tile_scores<S, R>(q, q_stride, keys, dim, tile, ahead, scores, stride);
-        if constexpr (R > 1) RowBlock<S, R - 1>::scores(q, q_stride, keys, dim, tile, ahead, scores, stride, rows);
+    static void scores(const float* q, int64_t q_stride, const RowSource& keys, Ahead& ahead, float* scores,
+                       int64_t stride, int32_t rows) {
+        if (rows >= R) return tile_scores<S, R>(q, q_stride, keys, ahead, scores, stride);
+        if constexpr (R > 1) RowBlock<S, R - 1>::scores(q, q_stride, keys, ahead, scores, stride, rows);
     }
-    static void values(const float* p, int64_t stride, const typename S::Bits* values_, int32_t dim, const Tile& tile,
-                       Ahead& ahead, const float* alpha, float* out, int64_t out_stride, int32_t rows) {
-        if (rows >= R) return tile_values<S, R>(p, stride, values_, dim, tile, ahead, alpha, out, out_stride);
-        if constexpr (R > 1)
-            RowBlock<S, R - 1>::values(p, stride, values_, dim, tile, ahead, alpha, out, out_stride, rows);
+    static void values(const float* p, int64_t stride, const RowSource& values_, Ahead& ahead, const float* alpha,
+                       float* out, int64_t out_stride, int32_t rows) {
+        if (rows >= R) return tile_values<S, R>(p, stride, values_, ahead, alpha, out, out_stride);
+        if constexpr (R > 1) RowBlock<S, R - 1>::values(p, stride, values_, ahead, alpha, out, out_stride, rows);
     }
 };
 
 constexpr int kRowBlock = 4;
 
-// What decode keeps while it walks the tiles.
 template <class S>
+void row_scores(const float* q, int64_t q_stride, const RowSource& keys, Ahead& ahead, float* scores, int64_t stride,
+                int32_t rows) {
+    for (int32_t r = 0; r < rows; r += kRowBlock) {
+        RowBlock<S, kRowBlock>::scores(q + r * q_stride, q_stride, keys, ahead, scores + r * stride, stride, rows - r);
+    }
+}
+
+template <class S>
+void row_values(const float* p, int64_t stride, const RowSource& values, Ahead& ahead, const float* alpha, float* out,
+                int64_t out_stride, int32_t rows) {
+    for (int32_t r = 0; r < rows; r += kRowBlock) {
+        RowBlock<S, kRowBlock>::values(p + r * stride, stride, values, ahead, alpha + r, out + r * out_stride,
+                                       out_stride, rows - r);
+    }
+}
+
+// Calls function(S{}) for the storage type.
+template <class Function>
+inline void with_storage(Storage storage, Function function) {
+    switch (storage) {
+        case Storage::kFloat32:
+            return function(Float32{});
+        case Storage::kBFloat16:
+            return function(BFloat16{});
+        case Storage::kFloat16:
+            return function(Float16{});
+        case Storage::kFloat8:
+            return function(Float8{});
+    }
+}
+
+// What the tile will read of its keys, or of its values.
+inline Ahead ahead_of(const Shape& shape, const SegmentView& segment, const Tile& tile, bool keys) {
+    const char* page = keys ? tile.packed_keys : tile.packed_values;
+    if (!page) return Ahead(keys ? open_keys(shape, segment, tile) : open_values(shape, segment, tile));
+    const PackedPart& part = keys ? segment.packed->keys : segment.packed->values;
+    if (!part.coded) return Ahead(packed_rows(*segment.packed, part, page, tile));
+    Ahead ahead;
+#ifdef KVWISE_INTEGER_DOTS
+    if (folds(shape, part, keys)) {
+        fetch_codes(part, page, tile.packed_rows, ahead);
+        return ahead;
+    }
+#endif
+    ahead.add({page + part.first, part.steps + int64_t(part.num_groups()) * part.padded_inner * 4, 0, 1});
+    return ahead;
+}
+
+// What decode keeps while it walks the tiles.
 struct Decoder {
     const DecodeTask& task;
     int32_t rows;
     int64_t key_stride, value_stride;
     int64_t tile_index = 0;
+    const SegmentView* chosen_for = nullptr;  // whose channels of the queries are chosen
 
     explicit Decoder(const DecodeTask& t)
         : task(t),
           rows(t.queries.num_queries * t.shape->group),
-          key_stride(padded(t.shape->key_dim)),
+          key_stride(padded_query(t.shape->key_dim)),
           value_stride(padded(t.shape->value_dim)) {
         for (int32_t r = 0; r < rows; ++r) {
             const float* query = t.queries.data + (r / t.shape->group) * t.queries.token_stride +
@@ -285,31 +245,94 @@ struct Decoder {
         for (int64_t i = 0; i < rows * value_stride; ++i) t.result.out[i] = 0.0f;
     }
 
+    // Queries that meet packed keys: the channels that keys kept.
+    const float* packed_queries(const SegmentView& segment) {
+        if (!segment.key_channels) return task.scaled_queries;
+        if (chosen_for == &segment) return task.chosen_queries;
+        chosen_for = &segment;
+        for (int32_t r = 0; r < rows; ++r) {
+            float* chosen = task.chosen_queries + r * key_stride;
+            for (int32_t d = 0; d < key_stride; ++d) {
+                chosen[d] = d < segment.packed->keys.dim
+                                ? task.scaled_queries[r * key_stride + segment.key_channels[d]]
+                                : 0.0f;
+            }
+        }
+        return task.chosen_queries;
+    }
+
+    void score(const SegmentView& segment, const Tile& tile, Ahead& ahead, float* scores, int64_t stride) {
+        const auto of_rows = [&](const float* queries, const RowSource& keys) {
+            with_storage(keys.storage, [&](auto storage) {
+                row_scores<decltype(storage)>(queries, key_stride, keys, ahead, scores, stride, rows);
+            });
+            if (keys.scale == 1.0f) return;
+            for (int32_t r = 0; r < rows; ++r) scale_row(scores + r * stride, tile.count, keys.scale);
+        };
+        if (!tile.packed_keys) return of_rows(task.scaled_queries, open_keys(*task.shape, segment, tile));
+        const PackedPart& part = segment.packed->keys;
+        const float* queries = packed_queries(segment);
+        if (!part.coded) return of_rows(queries, packed_rows(*segment.packed, part, tile.packed_keys, tile));
+#ifdef KVWISE_INTEGER_DOTS
+        if (folds(*task.shape, part, true)) {
+            is_wide(part) ? code_scores<int16_t>(part, tile.packed_keys, tile, queries, key_stride, rows, ahead, scores,
+                                                 stride)
+                          : code_scores<int8_t>(part, tile.packed_keys, tile, queries, key_stride, rows, ahead, scores,
+                                                stride);
+            return;
+        }
+#endif
+        Span whole;
+        of_rows(queries, unpacked_rows(part, tile.packed_keys, tile, task.unpacked, whole));
+    }
+
+    // Adds the tile's values; may change `probabilities`.
+    void add(const SegmentView& segment, const Tile& tile, Ahead& ahead, float* probabilities, int64_t stride,
+             const float* alpha) {
+        float* out = task.result.out;
+        const auto of_rows = [&](const RowSource& values) {
+            if (values.scale != 1.0f) {
+                for (int32_t r = 0; r < rows; ++r) scale_row(probabilities + r * stride, tile.count, values.scale);
+            }
+            with_storage(values.storage, [&](auto storage) {
+                row_values<decltype(storage)>(probabilities, stride, values, ahead, alpha, out, value_stride, rows);
+            });
+        };
+        if (!tile.packed_values) return of_rows(open_values(*task.shape, segment, tile));
+        const PackedPart& part = segment.packed->values;
+        if (!part.coded) return of_rows(packed_rows(*segment.packed, part, tile.packed_values, tile));
+#ifdef KVWISE_INTEGER_DOTS
+        if (folds(*task.shape, part, false)) {
+            is_wide(part) ? code_values<int16_t>(part, tile.packed_values, tile, probabilities, stride, rows, ahead,
+                                                 alpha, out, value_stride)
+                          : code_values<int8_t>(part, tile.packed_values, tile, probabilities, stride, rows, ahead,
+                                                alpha, out, value_stride);
+            return;
+        }
+#endif
+        Span whole;
+        of_rows(unpacked_rows(part, tile.packed_values, tile, task.unpacked, whole));
+    }
+
+    static void scale_row(float* row, int32_t n, float scale) {
+        for (int32_t t = 0; t < n; ++t) row[t] *= scale;
+    }
+
     // One tile: scores, softmax, values. `next` is fetched meanwhile.
     void visit(const SegmentView& segment, const Sight* sights, const Tile& tile, const Tile& next) {
         const Shape& shape = *task.shape;
-        const auto* keys = static_cast<const typename S::Bits*>(segment.keys);
-        const auto* values = static_cast<const typename S::Bits*>(segment.values);
         constexpr int64_t stride = kDecodeTile;
         float* kept = task.probabilities ? task.probabilities + tile_index * rows * stride : nullptr;
-        Ahead fetch_values(values, shape.value_dim * int64_t(sizeof(typename S::Bits)), tile);
-        Ahead fetch_keys(keys, shape.key_dim * int64_t(sizeof(typename S::Bits)), next);
+        Ahead fetch_values = ahead_of(shape, segment, tile, false);
+        Ahead fetch_keys = ahead_of(shape, segment, next, true);
         float alpha[kMaxDecodeRows];
         constexpr int64_t score_stride = kDecodeTile + kDecodeSlack;
         float* scores = task.scratch;
-        for (int32_t r = 0; r < rows; r += kRowBlock) {
-            RowBlock<S, kRowBlock>::scores(task.scaled_queries + r * key_stride, key_stride, keys, shape.key_dim, tile,
-                                           fetch_values, scores + r * score_stride, score_stride, rows - r);
-        }
+        score(segment, tile, fetch_values, scores, score_stride);
         for (int32_t r = 0; r < rows; ++r) {
             hide_keys(shape, segment, tile, sights[r / shape.group], scores + r * score_stride);
             alpha[r] = online_softmax(shape.softcap, tile.count, scores + r * score_stride, task.result.maximum[r],
                                       task.result.sum[r]);
-        }
-        for (int32_t r = 0; r < rows; r += kRowBlock) {
-            RowBlock<S, kRowBlock>::values(scores + r * score_stride, score_stride, values, shape.value_dim, tile,
-                                           fetch_keys, alpha + r, task.result.out + r * value_stride, value_stride,
-                                           rows - r);
         }
         if (kept) {
             for (int32_t r = 0; r < rows; ++r) {
@@ -318,6 +341,7 @@ struct Decoder {
             }
         }
         ++tile_index;
+        add(segment, tile, fetch_keys, scores, score_stride, alpha);
     }
 };
 
@@ -341,34 +365,24 @@ void walk_tiles(const DecodeTask& task, Visit visit) {
         if (from >= to) continue;
         Tile tiles[2];
         int current = 0;
-        const int32_t max_keys = decode_tile_keys(*task.shape);
-        cut_tile(segment, from, to, max_keys, tiles[0]);
+        const int32_t open_keys = decode_tile_keys(*task.shape);
+        // Codes are short: their tiles may be the largest there are.
+        const auto most = [&](int64_t at) { return at < segment.value_length ? kDecodeTile : open_keys; };
+        cut_tile(segment, from, to, most(from), tiles[0]);
         for (int64_t at = from; at < to;) {
             at += tiles[current].count;
-            cut_tile(segment, at, to > at ? to : at, max_keys, tiles[1 - current]);
+            cut_tile(segment, at, to > at ? to : at, most(at), tiles[1 - current]);
             visit(segment, sights, tiles[current], tiles[1 - current]);
             current = 1 - current;
         }
     }
 }
 
-template <class S>
-void decode_storage(const DecodeTask& task) {
-    Decoder<S> decoder(task);
+void decode(const DecodeTask& task) {
+    Decoder decoder(task);
     walk_tiles(task, [&](const SegmentView& segment, const Sight* sights, const Tile& tile, const Tile& next) {
         decoder.visit(segment, sights, tile, next);
     });
-}
-
-void decode(const DecodeTask& task) {
-    switch (task.shape->storage) {
-        case Storage::kFloat32:
-            return decode_storage<Float32>(task);
-        case Storage::kBFloat16:
-            return decode_storage<BFloat16>(task);
-        case Storage::kFloat16:
-            return decode_storage<Float16>(task);
-    }
 }
 
 // One walk over the kept probabilities: no key is read again.
@@ -380,8 +394,12 @@ void decode_mass(const DecodeMassTask& mass) {
         const float* kept = task.probabilities + tile_index * rows * kDecodeTile;
         const float* maximum = task.tile_maximum + tile_index * rows;
         ++tile_index;
-        if (!segment.mass) return;
-        for (int32_t s = 0; s < next.num_spans; ++s) __builtin_prefetch(segment.mass + next.spans[s].slot, 1, 3);
+        float* masses = mass_of(segment, tile);
+        if (float* later = mass_of(segment, next)) {
+            for (int32_t s = 0; s < next.num_key_slots(); ++s)
+                __builtin_prefetch(later + next.key_slots()[s].slot, 1, 3);
+        }
+        if (!masses) return;
         Vec received[kDecodeTile / Vec::kLanes];
         for (Vec& v : received) v = zero();
         for (int32_t r = mass.first_counted_row; r < rows; ++r) {
@@ -394,9 +412,9 @@ void decode_mass(const DecodeMassTask& mass) {
         float sums[kDecodeTile];
         for (int i = 0; i < kDecodeTile / Vec::kLanes; ++i) store(sums + i * Vec::kLanes, received[i]);
         int32_t t = 0;
-        for (int32_t s = 0; s < tile.num_spans; ++s) {
-            float* column = segment.mass + tile.spans[s].slot;
-            for (int32_t i = 0; i < tile.spans[s].count; ++i) column[i] += sums[t++];
+        for (int32_t s = 0; s < tile.num_key_slots(); ++s) {
+            const Span& span = tile.key_slots()[s];
+            for (int32_t i = 0; i < span.count; ++i) masses[span.slot + i] += sums[t++];
         }
     });
 }

@@ -4,13 +4,18 @@
 #include <type_traits>
 
 #include "simd.h"
+#include "simd_bytes.h"
 #include "tasks.h"
 #include "xxh3.h"
 
 using namespace kvwise;
 
+#include "tile.inl"
+#include "unpack.inl"
+#include "codes.inl"
 #include "decode.inl"
 #include "prefill.inl"
+#include "seal.inl"
 #include "xxh3.inl"
 
 #define KVWISE_JOIN_(a, b) a##b
@@ -22,8 +27,8 @@ namespace kvwise {
 
 extern const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET);
 const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET) = {
-    KVWISE_TEXT(KVWISE_SET), ::decode,      ::decode_mass,  ::prefill,     ::prefill_mass,
-    ::narrow,                ::read_floats, ::copy_stripes, ::last_stripe,
+    KVWISE_TEXT(KVWISE_SET), ::decode, ::decode_mass, ::prefill,      ::prefill_mass, ::seal,
+    ::seal_row,              ::narrow, ::read_floats, ::copy_stripes, ::last_stripe,
 };
 
 }  // namespace kvwise

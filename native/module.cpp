@@ -11,6 +11,7 @@
 
 #include "attend.h"
 #include "dispatch.h"
+#include "module_packed.h"
 #include "module_records.h"
 #include "rans.h"
 #include "rows.h"
@@ -32,9 +33,13 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-// Fields of a segment in the order of SEGMENT_FIELDS in kernels/cpu.py; one flat list is the cheapest thing to pass.
+constexpr size_t kSegmentFields = 17, kSealedFields = kPackedFields + 13;
+
+// Fields of a segment in the order of `_Fields` in kernels/cpu.py and, behind them, of its packed pages in that of
+// `sealed_fields` in kernels/cpu_sealed.py; one flat list is the cheapest thing to pass.
 Segment segment_of(const std::vector<int64_t>& f) {
-    if (f.size() != 17) throw std::invalid_argument("a segment has 17 fields, got " + std::to_string(f.size()));
+    if (f.size() != kSegmentFields && f.size() != kSegmentFields + kSealedFields)
+        throw std::invalid_argument("a segment has 17 fields or, sealed, 51; got " + std::to_string(f.size()));
     Segment s{};
     s.keys = at<const void>(f[0]);
     s.values = at<const void>(f[1]);
@@ -53,6 +58,22 @@ Segment segment_of(const std::vector<int64_t>& f) {
     s.causal = f[14] != 0;
     s.positions = at<const int32_t>(f[15]);
     s.mass = at<float>(f[16]);
+    s.is_sealed = f.size() > kSegmentFields;
+    if (!s.is_sealed) return s;
+    const int64_t* sealed = f.data() + kSegmentFields + kPackedFields;
+    s.packed = packed_of(f, kSegmentFields, sealed[0] != 0);
+    s.packed_tables = at<const int32_t>(sealed[1]);
+    s.packed_table_stride = sealed[2];
+    s.packed_table_head_stride = sealed[3];
+    s.packed_table_width = sealed[4];
+    s.key_lengths = at<const int32_t>(sealed[5]);
+    s.value_lengths = at<const int32_t>(sealed[6]);
+    s.open_bases = at<const int32_t>(sealed[7]);
+    s.sealed_stride = sealed[8];
+    s.sealed_head_stride = sealed[9];
+    s.key_channels = at<const int32_t>(sealed[10]);
+    s.packed_positions = at<const int32_t>(sealed[11]);
+    s.packed_mass = at<float>(sealed[12]);
     return s;
 }
 
@@ -62,9 +83,9 @@ void bind_attend(nb::module_& m) {
                        int value_dim, int64_t num_tokens, int num_sequences, uintptr_t queries, int64_t token_stride,
                        int64_t head_stride, uintptr_t query_start, uintptr_t query_positions, uintptr_t mass_rows,
                        const std::vector<std::vector<int64_t>>& segments, uintptr_t out, uintptr_t lse, float scale,
-                       int window, float softcap, int num_threads) {
+                       int window, float softcap, bool exact, int num_threads) {
         AttendCall call{};
-        call.shape = {Storage(storage), key_dim, value_dim, group, window, softcap, scale};
+        call.shape = {Storage(storage), key_dim, value_dim, group, window, softcap, scale, exact};
         call.num_heads = num_heads;
         call.num_sequences = num_sequences;
         call.num_tokens = num_tokens;
@@ -169,6 +190,7 @@ NB_MODULE(_native, m) {
     m.def("read_memory", &kvwise::read_memory);
     kvwise::bind_attend(m);
     kvwise::bind_rows(m);
+    kvwise::bind_packed(m);
     kvwise::bind_rans(m);
     kvwise::bind_records(m);
 }

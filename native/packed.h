@@ -14,6 +14,7 @@ inline int64_t bytes_of(Storage storage) {
 
 constexpr int kCodeLanes = 16;  // lanes are padded to this
 constexpr int kCodeUnit = 32;   // and inner numbers to this
+constexpr int kMaxPackedDim = 1024;
 
 // The keys or the values of a page: rows [S, dim], or codes in planes with steps shared along lanes.
 struct PackedPart {

@@ -61,32 +61,53 @@ inline void look_at(const Shape& shape, const SegmentView& segment, const QueryV
     }
 }
 
-// Rows of a tile of an arena as float32 [count, dim], side by side.
+// Rows as float32 [count, dim], side by side.
 template <class S>
-void widen_tile(const typename S::Bits* arena, int32_t dim, const Tile& tile, float* target) {
-    for (int32_t s = 0; s < tile.num_spans; ++s) {
-        const typename S::Bits* source = arena + tile.spans[s].slot * dim;
-        const int64_t n = int64_t(tile.spans[s].count) * dim;
+void widen_rows(const RowSource& rows, float* target) {
+    for (int32_t s = 0; s < rows.num_spans; ++s) {
+        const auto* source = reinterpret_cast<const typename S::Bits*>(rows.base) + rows.spans[s].slot * rows.dim;
+        const int64_t n = int64_t(rows.spans[s].count) * rows.dim;
+        const Vec scale = broadcast(rows.scale);
         int64_t i = 0;
-        for (; i + Vec::kLanes <= n; i += Vec::kLanes) store(target + i, load_as_float(S{}, source + i));
+        for (; i + Vec::kLanes <= n; i += Vec::kLanes) store(target + i, load_as_float(S{}, source + i) * scale);
         if (i < n) {
             float last[Vec::kLanes];
-            store(last, load_tail(S{}, source + i, int(n - i)));
+            store(last, load_tail(S{}, source + i, int(n - i)) * scale);
             std::memcpy(target + i, last, (n - i) * sizeof(float));
         }
         target += n;
     }
 }
 
-void widen_tile(Storage storage, const void* arena, int32_t dim, const Tile& tile, float* target) {
-    switch (storage) {
-        case Storage::kFloat32:
-            return widen_tile<Float32>(static_cast<const float*>(arena), dim, tile, target);
-        case Storage::kBFloat16:
-            return widen_tile<BFloat16>(static_cast<const uint16_t*>(arena), dim, tile, target);
-        case Storage::kFloat16:
-            return widen_tile<Float16>(static_cast<const uint16_t*>(arena), dim, tile, target);
+inline void widen(const RowSource& rows, float* target) {
+    with_storage(rows.storage, [&](auto storage) { widen_rows<decltype(storage)>(rows, target); });
+}
+
+// Rows of `dim` channels to rows of all of them, in place and backwards; channels that were not kept are 0.
+inline void spread_channels(const int32_t* channels, int32_t dim, int32_t key_dim, int32_t count, float* rows) {
+    for (int32_t t = count - 1; t >= 0; --t) {
+        float kept[kMaxPackedDim];
+        std::memcpy(kept, rows + int64_t(t) * dim, dim * sizeof(float));
+        float* row = rows + int64_t(t) * key_dim;
+        for (int32_t d = 0; d < key_dim; ++d) row[d] = 0.0f;
+        for (int32_t d = 0; d < dim; ++d) row[channels[d]] = kept[d];
     }
+}
+
+// Keys of a tile as float32 [count, Dk].
+void widen_keys(const Shape& shape, const SegmentView& segment, const Tile& tile, float* target) {
+    if (!tile.packed_keys) return widen(open_keys(shape, segment, tile), target);
+    const PackedPart& part = segment.packed->keys;
+    if (part.coded) return unpack_rows(part, tile.packed_keys, tile.packed_rows, target);
+    widen(packed_rows(*segment.packed, part, tile.packed_keys, tile), target);
+    if (segment.key_channels) spread_channels(segment.key_channels, part.dim, shape.key_dim, tile.count, target);
+}
+
+void widen_values(const Shape& shape, const SegmentView& segment, const Tile& tile, float* target) {
+    if (!tile.packed_values) return widen(open_values(shape, segment, tile), target);
+    const PackedPart& part = segment.packed->values;
+    if (part.coded) return unpack_rows(part, tile.packed_values, tile.packed_rows, target);
+    widen(packed_rows(*segment.packed, part, tile.packed_values, tile), target);
 }
 
 // c[j][lane] = (alpha ? c[j][lane] * alpha[lane] : 0) + sum over k of b[j * b_column + k * b_step] * a[k][lane], for V
@@ -130,18 +151,20 @@ void product(int32_t columns, int32_t steps, const float* a, const float* b, int
 inline void hide_rows(const Shape& shape, const SegmentView& segment, const RowGroup& group, const Tile& tile,
                       float* scores) {
     constexpr int W = Vec::kLanes;
-    const bool by_position = shape.window && segment.positions;
+    const bool positioned = by_position(shape, segment);
+    const int32_t* positions = positions_of(segment, tile);
     const Vec hidden = broadcast(kMinusInfinity);
     float* at = scores;
-    for (int32_t s = 0, t = 0; s < tile.num_spans; ++s) {
-        for (int32_t i = 0; i < tile.spans[s].count; ++i, ++t) {
+    for (int32_t s = 0, t = 0; s < tile.num_key_slots(); ++s) {
+        const Span& span = tile.key_slots()[s];
+        for (int32_t i = 0; i < span.count; ++i, ++t) {
             const IVec index = broadcast_int(tile.first + t);
             for (int32_t v = 0; v < group.vectors; ++v, at += W) {
                 const IVec below = load_int(group.sight_lo + v * W) - broadcast_int(1);
                 Mask seen = both(less(below, index), less(index, load_int(group.sight_hi + v * W)));
-                if (by_position) {
-                    const IVec distance =
-                        load_int(group.position + v * W) - broadcast_int(segment.positions[tile.spans[s].slot + i]);
+                if (positioned) {
+                    const int32_t position = positions ? positions[span.slot + i] : tile.first + t;
+                    const IVec distance = load_int(group.position + v * W) - broadcast_int(position);
                     seen = both(seen,
                                 both(less(broadcast_int(-1), distance), less(distance, broadcast_int(shape.window))));
                 }
@@ -161,7 +184,7 @@ void group_scores(const Shape& shape, const SegmentView& segment, const RowGroup
                   const float* keys, float* scores) {
     product<V>(tile.count, shape.key_dim, group.queries, keys, shape.key_dim, 1, nullptr, scores);
     if (shape.softcap != 0.0f) cap_scores(shape.softcap, tile.count * V * Vec::kLanes, scores);
-    bool all_seen = !(shape.window && segment.positions);
+    bool all_seen = !by_position(shape, segment);
     for (int32_t i = 0; i < group.lanes() && all_seen; ++i) {
         all_seen = group.sight_lo[i] <= tile.first && tile.first + tile.count <= group.sight_hi[i];
     }
@@ -243,8 +266,8 @@ void prefill(const PrefillTask& task) {
         Tile tile;
         for (int64_t at = lo; at < hi; at += tile.count) {
             cut_tile(segment, at, hi, kPrefillKeys, tile);
-            widen_tile(shape.storage, segment.keys, shape.key_dim, tile, keys);
-            widen_tile(shape.storage, segment.values, shape.value_dim, tile, values);
+            widen_keys(shape, segment, tile, keys);
+            widen_values(shape, segment, tile, values);
             for (int32_t g = 0; g < num_groups; ++g) {
                 RowGroup& group = groups[g];
                 if (group.hi <= tile.first || group.lo >= tile.first + tile.count) continue;
@@ -305,7 +328,7 @@ void prefill_mass(const PrefillMassTask& task) {
         Tile tile;
         for (int64_t at = from; at < to; at += tile.count) {
             cut_tile(task.segment, at, to, kPrefillKeys, tile);
-            widen_tile(shape.storage, task.segment.keys, shape.key_dim, tile, keys);
+            widen_keys(shape, task.segment, tile, keys);
             float received[kPrefillKeys * Vec::kLanes] = {};
             for (int32_t g = 0; g < num_groups; ++g) {
                 const RowGroup& group = groups[g];
@@ -341,6 +364,8 @@ void narrow(Storage storage, const float* source, void* target, int64_t n) {
             return convert(BFloat16{}, static_cast<uint16_t*>(target));
         case Storage::kFloat16:
             return convert(Float16{}, static_cast<uint16_t*>(target));
+        case Storage::kFloat8:
+            return;  // a page's scale is not known row by row: seal.inl packs them
     }
 }
 

@@ -26,6 +26,10 @@ struct BFloat16 {
 struct Float16 {
     using Bits = uint16_t;
 };
+// e4m3, read as the float16 with the same exponent and mantissa: 256 times too small.
+struct Float8 {
+    using Bits = uint8_t;
+};
 
 #if defined(__AVX512F__)
 
@@ -131,6 +135,15 @@ inline Vec load_as_float(Float16, const uint16_t* p) {
 inline Vec widen_bfloat16(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
+inline Vec widen_float8(__m128i bytes) {
+    const __m256i wide = _mm256_cvtepu8_epi16(bytes);
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7F)), 7);
+    return {_mm512_cvtph_ps(_mm256_or_si256(sign, rest))};
+}
+inline Vec load_as_float(Float8, const uint8_t* p) {
+    return widen_float8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline Vec load_as_float(BFloat16, const uint16_t* p) {
     return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -140,6 +153,9 @@ inline Vec load_tail(Float32, const float* p, int n) {
 }
 inline Vec load_tail(Float16, const uint16_t* p, int n) {
     return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p))};
+}
+inline Vec load_tail(Float8, const uint8_t* p, int n) {
+    return widen_float8(_mm_maskz_loadu_epi8((1u << n) - 1, p));
 }
 inline Vec load_tail(BFloat16, const uint16_t* p, int n) {
     return widen_bfloat16(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
@@ -292,6 +308,12 @@ inline Vec load_as_float(BFloat16, const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
+inline Vec load_as_float(Float8, const uint8_t* p) {
+    const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
+    const __m128i rest = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7F)), 7);
+    return {_mm256_cvtph_ps(_mm_or_si128(sign, rest))};
+}
 // The first n < kLanes elements, zeros after them; reads nothing behind them.
 template <class S>
 inline Vec load_tail(S storage, const typename S::Bits* p, int n) {
@@ -442,6 +464,9 @@ inline float widen(Float16, uint16_t bits) {
     const uint32_t rest = uint32_t(bits & 0x7FFF) << 13;
     if (rest >= (0x7C00u << 13)) return from_bits(sign | 0x7F800000u | rest);  // inf and nan
     return from_bits(sign) + (sign ? -1.0f : 1.0f) * from_bits(rest) * 0x1p112f;
+}
+inline float widen(Float8, uint8_t bits) {
+    return widen(Float16{}, uint16_t((bits & 0x80) << 8 | (bits & 0x7F) << 7));
 }
 template <class S>
 inline Vec load_tail(S storage, const typename S::Bits* p, int n) {

@@ -128,6 +128,11 @@ inline int64_t padded(int64_t n) {
     return (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
 }
 
+// Floats of one query of a decode: products with codes read whole units.
+inline int64_t padded_query(int64_t n) {
+    return (n + kCodeUnit - 1) / kCodeUnit * kCodeUnit;
+}
+
 // Number of tiles, all segments together, that a decode over so many keys visits at most. No tile is cut below
 // `shortest` keys, 16 or the tokens of a shorter packed page, but where a task, a segment, packed keys or packed values
 // end.

@@ -3,6 +3,8 @@
 
 namespace {
 
+constexpr int64_t kDecodeTileBytes = 32 * 1024;
+
 // A run of neighbouring slots inside one page.
 struct Span {
     int64_t slot;
@@ -123,7 +125,7 @@ class Ahead {
 
     void add(const Run& run) {
         runs_[left_++] = run;
-        for (int32_t i = 0; i < run.count; ++i) run_lines_ += int32_t((run.bytes + 63) / 64);
+        run_lines_ += int32_t((run.bytes + 63) / 64) * run.count;
     }
 
     void fetch(int32_t lines) {
@@ -202,6 +204,11 @@ inline bool by_position(const Shape& shape, const SegmentView& segment) {
 // Positions of a tile's keys by slot; null: their index in table order.
 inline const int32_t* positions_of(const SegmentView& segment, const Tile& tile) {
     return tile.packed_keys ? segment.packed_positions : segment.positions;
+}
+
+// Where a tile's keys receive mass, by slot; null: not wanted.
+inline float* mass_of(const SegmentView& segment, const Tile& tile) {
+    return tile.packed_keys ? segment.packed_mass : segment.mass;
 }
 
 }  // namespace

@@ -63,3 +63,50 @@ def test_token_dtype_does_not_matter(dtype):
 def test_tokens_that_would_collide_are_refused(token):
     with pytest.raises(UsageError, match=str(token)):
         keys_of(tokens=np.array([0, 1, 2, token]))
+
+
+IMAGE, OTHER = b"i" * 32, b"o" * 32
+
+
+def keys_with(*content, tokens=np.zeros(20, np.int64), pieces=(20,)):  # noqa: B008
+    keys = PrefixKeys(IDENTITY.root(), IDENTITY.root(), content=content)
+    start = 0
+    for count in pieces:
+        keys.extend(tokens[start : start + count], 4)
+        start += count
+    return keys
+
+
+def num_equal(keys, other):
+    return next((i for i, (a, b) in enumerate(zip(keys.chain, other.chain, strict=True)) if a != b), len(keys))
+
+
+def test_an_image_changes_the_keys_from_the_first_block_that_it_reaches_into():
+    plain = keys_with()
+    for first, stop in [(0, 3), (6, 8), (7, 9), (8, 20), (19, 20)]:
+        assert num_equal(plain, keys_with((first, stop, IMAGE))) == first // 4
+    assert num_equal(keys_with((0, 2, IMAGE)), keys_with((0, 2, IMAGE))) == 5
+
+
+def test_each_image_is_told_from_every_other():
+    one = keys_with((1, 3, IMAGE), (9, 11, IMAGE))
+    assert num_equal(one, keys_with((1, 3, IMAGE), (9, 11, OTHER))) == 2
+    assert num_equal(one, keys_with((1, 3, OTHER), (9, 11, IMAGE))) == 0
+    assert num_equal(one, keys_with((1, 3, IMAGE), (8, 10, IMAGE))) == 2
+    both = keys_with((4, 6, IMAGE), (6, 8, OTHER))
+    assert num_equal(both, keys_with((4, 6, OTHER), (6, 8, IMAGE))) == 1
+
+
+def test_a_chain_with_images_may_grow_in_pieces_and_be_copied():
+    content = ((3, 6, IMAGE), (10, 19, OTHER))
+    whole = keys_with(*content)
+    assert keys_with(*content, pieces=(4, 8, 8)).chain == whole.chain
+    part = keys_with(*content, pieces=(8,)).copy()
+    part.extend(np.zeros(12, np.int64), 4)
+    assert part.chain == whole.chain
+
+
+def test_the_probes_of_a_prompt_tell_its_images():
+    plain, one, two = keys_with(), keys_with((1, 3, IMAGE)), keys_with((1, 3, OTHER))
+    assert len({plain.probe, one.probe, two.probe}) == len({plain.bare_probe, one.bare_probe, two.bare_probe}) == 3
+    assert keys_with((5, 6, IMAGE)).probe == plain.probe

@@ -19,7 +19,7 @@ METHODS = list(catalogue())
 CHOSEN = [kind for kind in METHODS if not kind.default]
 BASES = {Axis.RETENTION: Retention, Axis.SELECTION: Selection, Axis.LOADING: Loading}
 # What an option refuses where "rubbish" is as good a word as any other: which codecs there are, tiers know.
-RUBBISH = {"codec": "7up"}
+RUBBISH = {"codec": "7up", "weights": "7"}
 
 
 def text(message: BaseException) -> str:
@@ -113,7 +113,7 @@ def other_value(default: Any) -> Any:
     if isinstance(default, float):
         return 0.37
     if isinstance(default, str):
-        return {"raw": "int8", "paper": "released"}[default]
+        return {"raw": "int8", "paper": "released", "auto": "untrained"}[default]
     return (default or 0) + 1
 
 

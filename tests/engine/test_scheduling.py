@@ -47,7 +47,9 @@ def test_a_step_never_exceeds_its_budget(serve: Serve, monkeypatch: pytest.Monke
     engine = serve("llama-tiny", max_num_batched_tokens=12, max_num_seqs=6)
     sizes = []
     build = engine._builder.build
-    monkeypatch.setattr(engine._builder, "build", lambda s: sizes.append(sum(i.num_tokens for i in s)) or build(s))
+    monkeypatch.setattr(
+        engine._builder, "build", lambda s, *more: sizes.append(sum(i.num_tokens for i in s)) or build(s, *more)
+    )
     run(engine, prompts(40, 3, 17, 1, 29, 11, 5, 2), greedy(6))
     assert max(sizes) == 12
 

@@ -33,7 +33,7 @@ def plain_heads(heads: str, scores: Table, chosen: int) -> list[set[int]]:
 
 def plain_margin(heads: str, scores: Table, chosen: int) -> float:
     """How far the closest decision was from a tie."""
-    rows = scores if heads == "uniform" else [sum(scores, [])]
+    rows = scores if heads == "uniform" else [[score for row in scores for score in row]]
     per_row = chosen if heads == "uniform" else chosen * len(scores)
     margin = math.inf
     for row in rows:

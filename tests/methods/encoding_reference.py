@@ -1,5 +1,6 @@
 """Encodings in plain numpy, from their papers' words: codes, what they are read as, and who is sealed when."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,53 +18,47 @@ def half(x: Floats) -> Floats:
     return np.asarray(x, np.float16).astype(np.float32)
 
 
-def plain_affine(group: Floats, bits: int) -> tuple[npt.NDArray[np.int64], np.float32, np.float32]:
-    """Codes, step and zero of the numbers of one group."""
-    zero = half(group.min())
-    step = half((group.max() - group.min()) / np.float32(2**bits - 1))
-    if step == 0:
-        return np.zeros(group.shape, np.int64), step, zero
-    return np.clip(np.rint((group - zero) / step), 0, 2**bits - 1).astype(np.int64), step, zero
+def plain_affine(groups: Floats, bits: int) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
+    """Codes of numbers [..., n] that share a step and a zero [..., 1]."""
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    zero, step = half(low), half((high - low) / np.float32(2**bits - 1))
+    codes = np.rint((groups - zero) / np.where(step == 0, 1, step))
+    return np.where(step == 0, 0, np.clip(codes, 0, 2**bits - 1)).astype(np.int64), step, zero
 
 
-def plain_read(group: Floats, bits: int) -> Floats:
-    """What a group is read as."""
-    codes, step, zero = plain_affine(group, bits)
-    return codes * step + zero
+def plain_read(groups: Floats, bits: int) -> Floats:
+    """What groups [..., n] are read as."""
+    codes, step, zero = plain_affine(groups, bits)
+    return (codes * step + zero).astype(np.float32)
 
 
-def plain_split(group: Floats) -> tuple[Floats, Floats]:
+def plain_split(groups: Floats) -> tuple[Floats, Floats]:
     """What QuantSpec's target and its draft read: x8 = (16 u + l) (s / 16) + z and x4 = u s + z."""
-    upper, step, zero = plain_affine(group, 4)
-    if step == 0:
-        return np.full_like(group, zero), np.full_like(group, zero)
-    rest = group - (upper * step + zero)
-    lower = np.clip(np.rint(rest / (step / 16)), -8, 7)
-    return (16 * upper + lower) * (step / 16) + zero, upper * step + zero
+    upper, step, zero = plain_affine(groups, 4)
+    x4 = (upper * step + zero).astype(np.float32)
+    lower = np.clip(np.rint((groups - x4) / np.where(step == 0, 1, step / 16)), -8, 7)
+    return np.where(step == 0, zero, (16 * upper + lower) * (step / 16) + zero).astype(np.float32), x4
 
 
 def plain_float8(page: Floats) -> Floats:
     """What numbers [S, D] under one scale are read as: the nearest e4m3 number, of two the one with an even code."""
     scale = np.float32(np.abs(page).max() / np.float32(448)) or np.float32(1)
     scaled = np.minimum(np.abs(page / scale), 448)
-    distance = np.abs(scaled[..., None] - E4M3)
-    odd = np.arange(127) % 2
-    code = np.lexsort((np.broadcast_to(odd, distance.shape), distance))[..., 0]
+    above = np.searchsorted(E4M3, scaled).clip(1)
+    up, down = E4M3[above] - scaled, scaled - E4M3[above - 1]
+    code = np.where((up < down) | ((up == down) & (above % 2 == 0)), above, above - 1)
     return (np.sign(page) * E4M3[code]).astype(np.float32) * scale
 
 
-def per_channel(keys: Floats, group: int, read: object) -> Floats:
+def per_channel(keys: Floats, group: int, read: Callable[[Floats], Floats]) -> Floats:
     """Keys [T, D], T a multiple of `group`, read in groups of tokens of a channel."""
-    out = np.empty_like(keys)
-    for first in range(0, len(keys), group):
-        for channel in range(keys.shape[1]):
-            out[first : first + group, channel] = read(keys[first : first + group, channel])  # type: ignore[operator]
-    return out
+    return per_token(keys.T, group, read).T
 
 
-def per_token(values: Floats, group: int, read: object) -> Floats:
+def per_token(values: Floats, group: int, read: Callable[[Floats], Floats]) -> Floats:
     """Values [T, D] read in groups of channels of a token."""
-    return per_channel(values.T, min(group, values.shape[1]), read).T
+    group = min(group, values.shape[1])
+    return read(values.reshape(len(values), -1, group)).reshape(values.shape)
 
 
 @dataclass

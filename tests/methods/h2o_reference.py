@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvwise.models.hook import forward
 from kvwise.models.loaded import LoadedModel
+from tests.methods.budgets_reference import plain_heads, plain_layers, plain_margin
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Head:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    limit: int = 0  # as many as the prompt's end left it
 
     def keep(self, indices: list[int]) -> None:
         for name in ("positions", "keys", "values", "scores"):
@@ -30,11 +32,15 @@ class Head:
 class PlainH2O:
     """Runs one sequence: `prefill`, then `decode` token by token. `margin` is the closest decision there was."""
 
-    def __init__(self, loaded: LoadedModel, budget: float, recent: float = 0.5, normalised: bool = False) -> None:
+    def __init__(
+        self, loaded: LoadedModel, budget: float, recent: float = 0.5, normalised: bool = False,
+        layers: str = "uniform", heads: str = "uniform",
+    ) -> None:  # fmt: skip
         self._loaded = loaded
         self._budget = budget
         self._recent_share = recent
         self._normalised = normalised
+        self._by_layer, self._by_head = layers, heads
         self._heads = [[Head() for _ in range(loaded.num_kv_heads)] for _ in range(loaded.num_layers)]
         self._num_tokens = 0
         self.capacity = 0
@@ -45,11 +51,19 @@ class PlainH2O:
         """All prompt tokens at once -> logits [V] of the last."""
         self.capacity = max(2, int(len(tokens) * self._budget))
         self.recent = max(1, int(self.capacity * self._recent_share))
-        return self._forward(tokens)
+        logits = self._forward(tokens)
+        numbers = plain_layers(self._by_layer, self.capacity - self.recent, len(tokens) - self.recent, len(self._heads))
+        for layer, number in zip(self._heads, numbers, strict=True):
+            self._choose(layer, number)
+        return logits
 
     def decode(self, token: int) -> Tensor:
         """One more token -> logits [V]."""
-        return self._forward([token])
+        logits = self._forward([token])
+        for layer in self._heads:
+            for head in layer:
+                self._evict(head)
+        return logits
 
     def kept(self) -> list[list[list[int]]]:
         """Positions by layer and head, sorted."""
@@ -82,7 +96,6 @@ class PlainH2O:
                 head.scores = [s + r for s, r in zip(head.scores, received, strict=True)]
             if num_new > 1:
                 self.prompt_scores[layer].append(head.scores)
-            self._evict(head)
         return out
 
     def _weights(
@@ -100,15 +113,28 @@ class PlainH2O:
         """The sum of the attention from `num_rows` rows, or its mean."""
         return score / num_rows if self._normalised else score
 
+    def _ranks(self, head: Head) -> list[float]:
+        newest = max(head.positions)
+        return [self._rank(score, newest - p + 1) for score, p in zip(head.scores, head.positions, strict=True)]
+
+    def _choose(self, layer: list[Head], num_heavy: int) -> None:
+        """The prompt has ended: the heads of a layer keep their heavy hitters and the latest."""
+        older = len(layer[0].positions) - self.recent
+        scores = [self._ranks(head)[:older] for head in layer]
+        if len(layer[0].positions) > self.capacity:
+            self.margin = min(self.margin, plain_margin(self._by_head, scores, num_heavy))
+        for head, heavy in zip(layer, plain_heads(self._by_head, scores, num_heavy), strict=True):
+            head.limit = len(heavy) + self.recent
+            head.keep([i for i in range(len(head.positions)) if i in heavy or i >= older])
+
     def _evict(self, head: Head) -> None:
-        """Prefill: keep the heavy hitters and the latest. Decoding: one in, one out."""
-        while len(head.positions) > self.capacity:
-            newest = max(head.positions)
-            older = [i for i, p in enumerate(head.positions) if p <= newest - self.recent]
-            scores = [self._rank(score, newest - p + 1) for score, p in zip(head.scores, head.positions, strict=True)]
-            ranked = sorted(older, key=lambda i: scores[i])
-            num_out = len(head.positions) - self.capacity
-            out, stay = ranked[:num_out], ranked[num_out:]
-            if stay:
-                self.margin = min(self.margin, scores[stay[0]] - scores[out[-1]])
-            head.keep([i for i in range(len(head.positions)) if i not in out])
+        """One in, one out."""
+        if len(head.positions) <= head.limit:
+            return
+        newest = max(head.positions)
+        older = [i for i, p in enumerate(head.positions) if p <= newest - self.recent]
+        scores = self._ranks(head)
+        out, *stay = sorted(older, key=lambda i: scores[i])
+        if stay:
+            self.margin = min(self.margin, scores[stay[0]] - scores[out])
+        head.keep([i for i in range(len(head.positions)) if i != out])

@@ -12,7 +12,7 @@ def prompt_view(
     method: Retention, num_prompt: int, shape: tuple[int, int], *, num_outputs: int = 0, mass: Tensor | None = None,
     attention: Tensor | None = None, spans: Spans = (),
 ) -> PromptView:  # fmt: skip
-    """A prompt and outputs computed again. `attention` [L, H, G, n, T] has all rows of the prompt: the last are shown."""
+    """A prompt and outputs computed again. `attention` [L, H, G, n, T] has all rows of the prompt; the last show."""
     num_tokens = num_prompt + num_outputs
     num_rows = method.observed_rows(num_prompt, spans)
 

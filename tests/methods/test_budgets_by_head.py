@@ -1,6 +1,8 @@
 """Budgets that differ by layer and by head: the numbers, the choice, and what h2o and snapkv make of them."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from kvwise.methods.catalogue import parse
 from kvwise.methods.retention.budgets import HEADS, LAYERS, best, pyramid
 from kvwise.methods.retention.h2o import H2O
 from kvwise.methods.retention.snapkv import SnapKV
+from tests.engine.runs import greedy, prompts, require_empty, sequence_of
 from tests.methods.budgets_reference import plain_heads, plain_layers
 from tests.methods.retention_views import decode_view, kept_lists, prompt_view, random_attention, victims
 from tests.methods.snapkv_reference import plain_observed, plain_pooled
@@ -130,13 +133,35 @@ def test_while_decoding_each_head_has_the_latest_tokens_that_its_marks_say() -> 
     for layer, limit in enumerate([73, 26]):
         slots = torch.tensor([*range(limit - 25), *range(75, 101)], dtype=torch.int32).view(1, 1, 1, -1)
         # The younger, the less it is worth: the youngest that is not among the latest 25 leaves.
-        view = decode_view(slots, torch.ones_like(slots, dtype=torch.bool), [101], [limit], mass=-slots.float(), marks=[25])
+        used = torch.ones_like(slots, dtype=torch.bool)
+        view = decode_view(slots, used, [101], [limit], mass=-slots.float(), marks=[25])
         assert int(slots.flatten()[int(victims(method, view))]) == 75, layer
+
+
+@pytest.mark.parametrize(("layers", "heads"), DIFFERENT)
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_the_pool_holds_the_budget_within_a_page_a_head_at_every_step(
+    serve: Callable[..., Any], name: str, layers: str, heads: str
+) -> None:
+    engine = serve("llama-tiny", f"{name}(budget=0.2, layers={layers}, heads={heads})", blocks=60)
+    engine.add_request(prompts(320)[0], greedy(40), request_id="a")
+    engine.step()
+    layout, placement, sequence = engine.memory.layout, engine.memory.placement, sequence_of(engine, "a")
+    num_heads = layout.pages_per_block
+    while engine.has_unfinished():
+        grown = sequence.num_computed - 320 if engine.strategy.retention.grows else 0
+        counts = [len(head) for layer in placement.kept_positions(sequence) for head in layer]
+        assert len(set(counts)) > 1
+        assert sum(counts) <= (64 + grown) * num_heads
+        if sequence.num_computed == 320:
+            assert engine.memory.cache.usage().num_pages_held <= 64 / layout.block_size * num_heads + num_heads
+        engine.step()
+    require_empty(engine)
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv"])
 def test_unknown_shares_are_refused(name: str) -> None:
-    with pytest.raises(StrategyError, match=f"{name}: layers=steep is out of range: it must be one of uniform, pyramid"):
+    with pytest.raises(StrategyError, match=f"{name}: layers=steep is out of range.* one of uniform, pyramid"):
         parse(f"{name}(layers=steep)")
-    with pytest.raises(StrategyError, match=f"{name}: heads=all is out of range: it must be one of uniform, adakv"):
+    with pytest.raises(StrategyError, match=f"{name}: heads=all is out of range.* one of uniform, adakv"):
         parse(f"{name}(heads=all)")

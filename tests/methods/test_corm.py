@@ -206,5 +206,3 @@ def test_a_preempted_request_is_finished(serve: Serve) -> None:
     done = finish(engine)
     assert len(done["a"].token_ids) == 40
     require_empty(engine)
-
-

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from kvwise.engine.engine import Engine
 from kvwise.engine.sequence import Phase
-from kvwise.methods.retention.base import DecodeView, PromptView
+from kvwise.methods.retention.base import Kept, PromptView
 from kvwise.methods.retention.h2o import H2O
 from kvwise.models import random
 from kvwise.models.support import tiny_config
 from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
 from tests.methods.h2o_reference import PlainH2O
+from tests.methods.retention_views import decode_view, prompt_view, victims
 
 Serve = Callable[..., Any]
 Load = Callable[[str], Any]
@@ -31,43 +32,43 @@ NUM_DECODED = 20
 class Twin:
     """A plain reference run beside one request of an engine, over the same forced tokens."""
 
-    def __init__(
-        self, loaded: Any, prompt: list[int], forced: list[int], budget: float, recent: float, normalised: bool
-    ) -> None:
-        self.plain = PlainH2O(loaded, budget, recent, normalised)
+    def __init__(self, loaded: Any, prompt: list[int], forced: list[int], method: H2O) -> None:
+        self.plain = PlainH2O(loaded, method.budget, method.recent, method.normalised, method.layers, method.heads)
         self.logits = [self.plain.prefill(prompt)]
         self.kept = {len(prompt): self.plain.kept()}
         for i, token in enumerate(forced[:-1]):
             self.logits.append(self.plain.decode(token))
             self.kept[len(prompt) + i + 1] = self.plain.kept()
-        assert self.plain.margin > (ROUNDING_OF_MEANS if normalised else ROUNDING), (
+        assert self.plain.margin > (ROUNDING_OF_MEANS if method.normalised else ROUNDING), (
             "choose another seed: rounding would decide"
         )
 
 
 @pytest.mark.parametrize("settings", [CHUNKED, UNCHUNKED], ids=["chunked", "unchunked"])
 @pytest.mark.parametrize(
-    ("model", "budget", "recent", "seed", "normalised"),
+    ("model", "method", "seed"),
     [
-        ("llama-tiny", 0.3, 0.5, 0, False),  # two query heads per KV head
-        ("mistral-tiny", 0.3, 0.5, 0, False),  # a window of 8 in all layers
-        ("gemma2-tiny", 0.4, 0.5, 0, False),  # windows in every other layer, softcap
-        ("gpt2-tiny", 0.2, 0.25, 0, False),  # learned positions, as many KV heads as query heads
-        ("3m", 0.5, 0.9, 0, False),  # three query heads per KV head, six layers
-        ("gpt_neo-tiny", 0.15, 0.0, 0, False),  # heavy hitters and the newest token only
-        ("llama-tiny", 0.3, 0.5, 0, True),
-        ("gemma2-tiny", 0.4, 0.5, 0, True),
+        ("llama-tiny", H2O(0.3), 0),  # two query heads per KV head
+        ("mistral-tiny", H2O(0.3), 0),  # a window of 8 in all layers
+        ("gemma2-tiny", H2O(0.4), 0),  # windows in every other layer, softcap
+        ("gpt2-tiny", H2O(0.2, recent=0.25), 0),  # learned positions, as many KV heads as query heads
+        ("3m", H2O(0.5, recent=0.9), 0),  # three query heads per KV head, six layers
+        ("gpt_neo-tiny", H2O(0.15, recent=0.0), 0),  # heavy hitters and the newest token only
+        ("llama-tiny", H2O(0.3, normalised=True), 0),
+        ("gemma2-tiny", H2O(0.4, normalised=True), 0),
+        ("llama-tiny", H2O(0.3, layers="pyramid"), 0),
+        ("gpt2-tiny", H2O(0.4, recent=0.25, heads="adakv"), 0),
+        ("llama-tiny", H2O(0.4, layers="pyramid", heads="adakv"), 0),
     ],
+    ids=str,
 )
 def test_kept_sets_equal_the_reference_at_every_layer_head_and_step(
-    serve: Serve, load: Load, model: str, budget: float, recent: float, seed: int, normalised: bool,
-    settings: dict[str, Any],
-) -> None:  # fmt: skip
-    strategy = f"h2o(budget={budget}, recent={recent}, normalised={str(normalised).lower()})"
-    engine = serve(model, strategy, blocks=400, **settings)
+    serve: Serve, load: Load, model: str, method: H2O, seed: int, settings: dict[str, Any]
+) -> None:
+    engine = serve(model, str(method), blocks=400, **settings)
     many, forced = prompts(*LENGTHS, seed=seed), prompts(*[NUM_DECODED] * 4, seed=seed + 100)
     twins = {
-        f"r{i}": Twin(load(model), prompt, tokens, budget, recent, normalised)
+        f"r{i}": Twin(load(model), prompt, tokens, method)
         for i, (prompt, tokens) in enumerate(zip(many, forced, strict=True))
     }
     seen: dict[str, list[Tensor]] = {name: [] for name in twins}
@@ -106,7 +107,7 @@ def test_mass_of_a_prompt_is_the_column_sum_of_transformers_attention(
     views: dict[int, PromptView] = {}
     keep = H2O.keep
 
-    def note(self: H2O, view: PromptView) -> Tensor:
+    def note(self: H2O, view: PromptView) -> Kept:
         views[view.num_tokens] = view
         return keep(self, view)
 
@@ -153,10 +154,13 @@ def test_keep_equals_numpy(num_tokens: int, budget: float, recent: float, normal
     capacity = method.capacity(num_tokens)
     assert capacity == max(2, int(num_tokens * budget))
     mass = np.random.default_rng(num_tokens).random((3, 2, num_tokens), np.float32)
-    positions = torch.arange(num_tokens, dtype=torch.int32)
-    kept = method.keep(PromptView(num_tokens, num_tokens, capacity, (3, 2), positions, torch.from_numpy(mass)))
-    expected = plain_keep(mass, capacity, max(1, int(capacity * recent)), normalised)
-    np.testing.assert_array_equal(kept.numpy(), expected)
+    kept = method.keep(prompt_view(method, num_tokens, (3, 2), mass=torch.from_numpy(mass)))
+    num_recent = max(1, int(capacity * recent))
+    expected = plain_keep(mass, capacity, num_recent, normalised)
+    np.testing.assert_array_equal(kept.mask.numpy(), expected)
+    assert kept.limit is not None and kept.marks is not None
+    assert (kept.limit == capacity).all()
+    assert (kept.marks == num_recent).all()
     assert (expected.sum(-1) == min(capacity, num_tokens)).all()
 
 
@@ -178,36 +182,26 @@ def test_victims_equal_numpy(recent: float, normalised: bool) -> None:
             np.append(rng.choice(total - 1, count - 1, replace=False), total - 1)
         )
         used[place][:count] = True
-    view = DecodeView(
-        torch.from_numpy(positions), torch.from_numpy(mass), torch.from_numpy(used),
-        torch.from_numpy(num_tokens), torch.tensor(capacities),
-    )  # fmt: skip
     method = H2O(0.2, recent, normalised)
-    victims = method.victims(view).numpy()
+    latest = [max(1, int(capacity * recent)) for capacity in capacities]
+    view = decode_view(
+        torch.from_numpy(positions), torch.from_numpy(used), num_tokens.tolist(), capacities,
+        mass=torch.from_numpy(mass), marks=latest,
+    )  # fmt: skip
+    found = victims(method, view).numpy()
     if normalised:
         with np.errstate(divide="ignore"):  # in slots that are not in use
             mass = mass / (num_tokens[:, None, None, None] - positions)
     for place in np.ndindex(shape[:3]):
-        num_recent = method.num_recent(capacities[place[0]])
-        free = used[place] & (positions[place] < num_tokens[place[0]] - num_recent)
+        free = used[place] & (positions[place] < num_tokens[place[0]] - latest[place[0]])
         if free.any():
-            assert victims[place] == min(np.flatnonzero(free), key=lambda i: mass[place][i])
+            assert found[place] == min(np.flatnonzero(free), key=lambda i: mass[place][i])
 
 
-def test_the_recent_part_is_counted_alike_in_prefill_and_decode() -> None:
-    """int(100 * 0.29) is 28 in double precision and 29 in single."""
-    for capacity in range(2, 300):
-        for hundredths in range(0, 101, 7):
-            method = H2O(0.5, hundredths / 100)
-            num_recent = method.num_recent(capacity)
-            newest = torch.arange(capacity + 1, dtype=torch.int32).view(1, 1, 1, -1)
-            # Mass falls with age the other way round: the youngest token that may go is the victim.
-            mass = -newest.float()
-            view = DecodeView(
-                newest, mass, torch.ones_like(newest, dtype=torch.bool),
-                torch.tensor([capacity + 1]), torch.tensor([capacity]),
-            )  # fmt: skip
-            assert int(method.victims(view)) == capacity - num_recent
+def test_of_equal_masses_the_earlier_stay() -> None:
+    method = H2O(0.2, recent=0.3)
+    kept = method.keep(prompt_view(method, 50, (1, 1), mass=torch.ones(1, 1, 50)))
+    assert kept.mask.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 47, 48, 49]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------
@@ -259,6 +253,7 @@ def test_a_smaller_budget_admits_more_requests_to_the_same_pool(serve: Serve) ->
 
 def test_budget_one_drops_nothing(serve: Serve) -> None:
     engine = serve("llama-tiny", "h2o(budget=1)")
+    assert engine.strategy.retention.capacity(40) == 40
     (output,) = run(engine, prompts(40), greedy(5))
     assert output.attestation.tokens_dropped == 0
     assert "mass" not in engine.memory.arena.columns

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from kvwise.core.errors import StrategyError
 from kvwise.engine.sequence import Phase
 from kvwise.methods.catalogue import parse
-from kvwise.methods.retention.base import DecodeView, PromptView
 from kvwise.methods.retention.random import Random, priorities
 from tests.engine.runs import greedy, prompts, require_empty, sequence_of
 from tests.methods.random_reference import mix, plain_kept, plain_priorities
+from tests.methods.retention_views import decode_view, kept_lists, prompt_view, victims
 
 Serve = Callable[..., Any]
 
@@ -53,12 +53,12 @@ def test_keep_equals_numpy(num_tokens: int, budget: float, recent: int, seed: in
     method = Random(budget, seed, recent)
     capacity = method.capacity(num_tokens)
     assert capacity == max(1, int(num_tokens * budget))
-    positions = torch.arange(num_tokens, dtype=torch.int32)
-    kept = method.keep(PromptView(num_tokens, num_tokens, capacity, (3, 2), positions, None))
-    for layer in range(3):
-        for head in range(2):
-            expected = plain_kept(seed, layer, head, num_tokens, capacity, recent)
-            assert kept[layer, head].nonzero().flatten().tolist() == expected
+    kept = method.keep(prompt_view(method, num_tokens, (3, 2)))
+    expected = [
+        [plain_kept(seed, layer, head, num_tokens, capacity, recent) for head in range(2)] for layer in range(3)
+    ]
+    assert kept_lists(kept.mask) == expected
+    assert kept.limit is not None and (kept.limit == capacity).all()
 
 
 @pytest.mark.parametrize("recent", [1, 3, 8, 100])
@@ -67,12 +67,11 @@ def test_one_in_one_out_leads_to_the_same_choice_as_all_at_once(recent: int) -> 
     slots = torch.stack([torch.tensor([*plain_kept(3, 0, h, 50, capacity, recent), 50]) for h in range(2)])
     for num_tokens in range(51, 200):
         used = torch.ones((1, 1, 2, capacity + 1), dtype=torch.bool)
-        view = DecodeView(slots[None, None].int(), None, used, torch.tensor([num_tokens]), torch.tensor([capacity]))
-        victims = method.victims(view)[0, 0]
+        victim = victims(method, decode_view(slots[None, None].int(), used, [num_tokens], [capacity]))[0, 0]
         for head in range(2):
-            kept = [p for i, p in enumerate(slots[head].tolist()) if i != int(victims[head])]
+            kept = [p for i, p in enumerate(slots[head].tolist()) if i != int(victim[head])]
             assert sorted(kept) == plain_kept(3, 0, head, num_tokens, capacity, recent)
-            slots[head, victims[head]] = num_tokens
+            slots[head, victim[head]] = num_tokens
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 4])

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,11 +14,13 @@ from kvwise.core.output import RequestOutput
 from kvwise.engine.engine import Engine
 from kvwise.engine.sequence import Phase
 from kvwise.methods.catalogue import parse
-from kvwise.methods.retention.base import PromptView
+from kvwise.methods.retention.base import Kept, PromptView
 from kvwise.methods.retention.snapkv import SnapKV
 from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
+from tests.methods.budgets_reference import plain_heads, plain_layers
 from tests.methods.dense_reference import Dense
-from tests.methods.snapkv_reference import plain_capacity, plain_kept, plain_observed
+from tests.methods.retention_views import kept_lists, prompt_view, random_attention
+from tests.methods.snapkv_reference import plain_capacity, plain_kept, plain_observed, plain_pooled
 
 Serve = Callable[..., Any]
 Load = Callable[[str], Any]
@@ -35,7 +36,7 @@ BOTH = pytest.mark.parametrize("settings", [CHUNKED, UNCHUNKED], ids=["chunked",
 
 
 @given(
-    num_prompt=st.integers(1, 200), num_outputs=st.integers(0, 5), budget=st.floats(0.001, 0.999),
+    num_prompt=st.integers(1, 120), num_outputs=st.integers(0, 5), budget=st.floats(0.001, 0.999),
     observed=st.integers(1, 50), kernel=st.integers(1, 9), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_keep_equals_numpy(
@@ -45,23 +46,22 @@ def test_keep_equals_numpy(
     capacity = method.capacity(num_prompt)
     assert capacity == plain_capacity(num_prompt, budget)
     assert method.observed_rows(num_prompt) == plain_observed(num_prompt, budget, observed)
-    num_tokens = num_prompt + num_outputs
-    mass = np.random.default_rng(seed).random((3, 2, num_tokens), np.float32)
-    positions = torch.arange(num_tokens, dtype=torch.int32)
-    kept = method.keep(PromptView(num_tokens, num_prompt, capacity, (3, 2), positions, torch.from_numpy(mass)))
-    for layer in range(3):
-        for head in range(2):
-            expected = plain_kept(mass[layer, head], num_prompt, budget, observed, kernel)
-            assert kept[layer, head].nonzero().flatten().tolist() == expected
-            assert len(expected) == min(capacity, num_prompt) + num_outputs
+    attention = random_attention(num_prompt, (3, 2), 2, seed, num_outputs=num_outputs)
+    kept = method.keep(prompt_view(method, num_prompt, (3, 2), num_outputs=num_outputs, attention=attention))
+    rows = plain_observed(num_prompt, budget, observed)
+    votes = attention[:, :, :, max(0, num_prompt - rows) :].sum((2, 3)).numpy()
+    expected = [[plain_kept(head, num_prompt, budget, observed, kernel) for head in layer] for layer in votes]
+    assert kept_lists(kept.mask) == expected
+    assert {len(head) for layer in expected for head in layer} == {min(capacity, num_prompt) + num_outputs}
+    assert kept.limit is None
 
 
 def test_neighbours_of_a_find_stay_with_it() -> None:
-    mass = torch.zeros(1, 1, 100)
-    mass[..., 40] = 1.0
-    view = PromptView(100, 100, 10, (1, 1), torch.arange(100, dtype=torch.int32), mass)
-    kept = SnapKV(0.1, observed=5, kernel=5).keep(view)
-    assert kept.nonzero()[:, -1].tolist() == [38, 39, 40, 41, 42, 95, 96, 97, 98, 99]
+    attention = torch.zeros(1, 1, 1, 100, 100)
+    attention[..., -1, 40] = 1.0
+    method = SnapKV(0.1, observed=5, kernel=5)
+    kept = method.keep(prompt_view(method, 100, (1, 1), attention=attention))
+    assert kept_lists(kept.mask)[0][0] == [38, 39, 40, 41, 42, 95, 96, 97, 98, 99]
 
 
 def test_options_are_checked() -> None:
@@ -73,23 +73,57 @@ def test_options_are_checked() -> None:
 # -- on a running engine ----------------------------------------------------------------------------------------
 
 
-def expected_kept(loaded: Any, prompt: list[int]) -> tuple[list[Tensor], list[list[list[int]]]]:
-    """Votes [H, T] of each layer, and the positions that stay, from full matrices."""
+def expected_kept(
+    loaded: Any, prompt: list[int], method: SnapKV = STRATEGY
+) -> tuple[list[Tensor], list[list[list[int]]]]:
+    """Observed rows [H, G, W, T] of each layer, and the positions that stay, from full matrices."""
     dense = Dense(loaded)
     dense.step(prompt)
-    observed = plain_observed(len(prompt), STRATEGY.budget, STRATEGY.observed)
-    votes, kept = [], []
-    for layer in range(loaded.num_layers):
-        rows = dense.weights[layer][:, max(0, len(prompt) - observed) :]
-        votes.append(rows.unflatten(0, (loaded.num_kv_heads, -1)).sum((1, 2)))
-        args = (len(prompt), STRATEGY.budget, STRATEGY.observed, STRATEGY.kernel)
-        kept.append([plain_kept(row.numpy(), *args) for row in votes[-1]])
-    return votes, kept
+    num_prompt, num_layers = len(prompt), loaded.num_layers
+    observed = plain_observed(num_prompt, method.budget, method.observed)
+    older, capacity = num_prompt - observed, plain_capacity(num_prompt, method.budget)
+    numbers = plain_layers(method.layers, capacity - observed, older, num_layers)
+    rows, kept = [], []
+    for layer in range(num_layers):
+        rows.append(dense.weights[layer][:, max(0, older) :].unflatten(0, (loaded.num_kv_heads, -1)))
+        votes = rows[-1].sum((1, 2)).numpy()
+        if num_prompt <= capacity:
+            kept.append([list(range(num_prompt)) for _ in votes])
+            continue
+        scores = [plain_pooled(head[:older], method.kernel).tolist() for head in votes]
+        chosen = plain_heads(method.heads, scores, numbers[layer])
+        kept.append([sorted([*head, *range(older, num_prompt)]) for head in chosen])
+    return rows, kept
 
 
 def decoding(engine: Engine, names: list[str]) -> list[Any]:
     found = [sequence_of(engine, name) for name in names if name in engine._requests]
     return [s for s in found if s.phase is Phase.DECODE]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("layers", "heads"), [("pyramid", "uniform"), ("uniform", "adakv"), ("pyramid", "adakv")], ids=str
+)
+def test_unequal_kept_sets_equal_full_matrices_at_every_step(
+    serve: Serve, load: Load, layers: str, heads: str, settings: dict[str, Any]
+) -> None:
+    method = SnapKV(0.4, observed=8, kernel=3, layers=layers, heads=heads)
+    engine = serve("llama-tiny", str(method), blocks=60, **settings)
+    many = prompts(*LENGTHS)
+    expected = {len(p): expected_kept(load("llama-tiny"), p, method)[1] for p in many}
+    assert len({len(head) for layer in expected[70] for head in layer}) > 1
+    names = [engine.add_request(p, greedy(24)) for p in many]
+    checked = 0
+    while engine.has_unfinished():
+        engine.step()
+        for sequence in decoding(engine, names):
+            generated = list(range(sequence.num_prompt, sequence.num_computed))
+            found = engine.memory.placement.kept_positions(sequence)
+            assert found == [[head + generated for head in layer] for layer in expected[sequence.num_prompt]]
+            checked += 1
+    assert checked == len(LENGTHS) * 23
+    require_empty(engine)
 
 
 @BOTH
@@ -99,11 +133,12 @@ def test_kept_sets_equal_full_matrices_at_every_step(
     serve: Serve, load: Load, monkeypatch: pytest.MonkeyPatch, model: str, preempt: bool, settings: dict[str, Any]
 ) -> None:
     """Chunked or not, alone or after a preemption, whose outputs are computed again behind the prompt."""
-    masses: dict[int, Tensor] = {}
+    seen: dict[int, list[Tensor]] = {}
     keep = SnapKV.keep
 
-    def note(self: SnapKV, view: PromptView) -> Tensor:
-        masses[view.num_prompt] = view.mass[..., : view.num_prompt].clone()
+    def note(self: SnapKV, view: PromptView) -> Kept:
+        if view.num_prompt > view.capacity:
+            seen[view.num_prompt] = [view.rows(layer)[..., : view.num_prompt] for layer in range(view.shape[0])]
         return keep(self, view)
 
     monkeypatch.setattr(SnapKV, "keep", note)
@@ -118,11 +153,12 @@ def test_kept_sets_equal_full_matrices_at_every_step(
             break
         engine.step()
         for sequence in decoding(engine, names):
-            votes, kept = expected[sequence.num_prompt]
+            rows, kept = expected[sequence.num_prompt]
             generated = list(range(sequence.num_prompt, sequence.num_computed))
             found = engine.memory.placement.kept_positions(sequence)
             assert found == [[head + generated for head in layer] for layer in kept]
-            torch.testing.assert_close(masses[sequence.num_prompt], torch.stack(votes), atol=1e-4, rtol=1e-4)
+            for found_rows, dense_rows in zip(seen.get(sequence.num_prompt, []), rows, strict=False):
+                torch.testing.assert_close(found_rows, dense_rows, atol=1e-5, rtol=1e-4)
             checked += 1
             if preempt and step % 9 == 8 and sequence.num_outputs > 3:
                 engine._scheduler.preempt(sequence)
@@ -186,10 +222,10 @@ def test_pages_are_freed_after_prefill_and_come_back_one_by_one(serve: Serve) ->
 
 
 def test_what_outgrows_the_pool_is_preempted_and_still_served(serve: Serve) -> None:
-    """Five requests hold a block each after prefill; in the end they need six, and the pool has 18."""
+    """Five requests hold a block each after prefill; in the end they need six, and the pool has 19."""
     many = prompts(*[60] * 5)
     engine = serve("llama-tiny", "snapkv(budget=0.2)", blocks=20, max_num_seqs=5)
-    assert engine.memory.arena.num_blocks == 18
+    assert engine.memory.arena.num_blocks == 19
     outputs: list[RequestOutput] = run(engine, many, greedy(70))
     assert engine.stats().num_preemptions > 0
     assert all(o.error is None and len(o.token_ids) == 70 for o in outputs)
@@ -204,10 +240,7 @@ def test_an_output_that_can_never_be_held_is_refused(serve: Serve) -> None:
         engine.add_request(prompts(40)[0], greedy(have - 7))
 
 
-def test_no_mass_is_added_while_decoding(serve: Serve) -> None:
+def test_no_masses_are_kept(serve: Serve) -> None:
+    """The rows that vote are computed when the prompt has ended."""
     engine = serve("llama-tiny", "snapkv(budget=0.2)", blocks=30)
-    engine.add_request(prompts(100)[0], greedy(20))
-    engine.step()
-    before = engine.memory.arena.columns["mass"].clone()
-    engine.step()
-    assert torch.equal(engine.memory.arena.columns["mass"], before)
+    assert "mass" not in engine.memory.arena.columns

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvwise.engine.engine import Engine
 from kvwise.engine.sequence import Phase
-from kvwise.methods.retention.base import DecodeView, PromptView
 from kvwise.methods.retention.streaming import Streaming
 from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
+from tests.methods.retention_views import decode_view, kept_lists, prompt_view, victims
 
 Serve = Callable[..., Any]
 
@@ -49,19 +49,17 @@ def test_kept_positions_at_every_step(serve: Serve, strategy: str, budget: int) 
 def test_keep_and_victims_equal_a_plain_reading(num_tokens: int, budget: float, sinks: int, window: int | None) -> None:
     method = Streaming(budget, sinks, window)
     capacity = method.capacity(num_tokens)
-    positions = torch.arange(num_tokens, dtype=torch.int32)
-    kept = method.keep(PromptView(num_tokens, num_tokens, capacity, (2, 3), positions, None))
-    assert kept.shape == (2, 3, num_tokens)
-    wanted = expected_positions(num_tokens, capacity, sinks)
-    assert all(row.nonzero().flatten().tolist() == wanted for row in kept.flatten(0, 1))
+    kept = method.keep(prompt_view(method, num_tokens, (2, 3)))
+    assert kept_lists(kept.mask) == [[expected_positions(num_tokens, capacity, sinks)] * 3] * 2
+    assert kept.limit is not None and (kept.limit == capacity).all()
     order = np.random.default_rng(num_tokens).permutation(capacity + 1)  # slot order is not position order
     held = np.array([*range(sinks), *range(500 - (capacity + 1 - sinks), 500)], np.int32)[order]
     slots = torch.full((1, 2, 3, capacity + 5), 10**6, dtype=torch.int32)
     slots[..., : capacity + 1] = torch.from_numpy(held)
     used = torch.arange(capacity + 5).expand(slots.shape) <= capacity
-    view = DecodeView(slots, None, used, torch.tensor([500]), torch.tensor([capacity]))
+    view = decode_view(slots, used, [500], [capacity])
     oldest = sorted(held.tolist())[sinks]
-    assert (method.victims(view) == held.tolist().index(oldest)).all()
+    assert (victims(method, view) == held.tolist().index(oldest)).all()
 
 
 def published_bytes(engine: Engine, prompt: list[int], num_blocks: int) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvwise.engine.sequence import Phase
-from kvwise.methods.retention.base import DecodeView, PromptView
 from kvwise.methods.retention.window import Window
 from tests.engine.runs import greedy, prompts, require_empty, sequence_of
+from tests.methods.retention_views import decode_view, kept_lists, prompt_view, victims
 
 Serve = Callable[..., Any]
 
@@ -21,17 +21,14 @@ def test_keep_and_victims_equal_a_plain_reading(num_tokens: int, budget: float, 
     method = Window(budget)
     capacity = method.capacity(num_tokens)
     assert capacity == max(1, int(num_tokens * budget))
-    positions = torch.arange(num_tokens, dtype=torch.int32)
-    kept = method.keep(PromptView(num_tokens, num_tokens, capacity, (2, 3), positions, None))
-    wanted = list(range(max(0, num_tokens - capacity), num_tokens))
-    assert kept.shape == (2, 3, num_tokens)
-    assert all(row.nonzero().flatten().tolist() == wanted for row in kept.flatten(0, 1))
+    kept = method.keep(prompt_view(method, num_tokens, (2, 3)))
+    assert kept_lists(kept.mask) == [[list(range(max(0, num_tokens - capacity), num_tokens))] * 3] * 2
+    assert kept.limit is not None and (kept.limit == capacity).all()
     held = np.arange(500 - capacity - 1, 500, dtype=np.int32)[np.random.default_rng(seed).permutation(capacity + 1)]
     slots = torch.full((1, 2, 3, capacity + 5), -7, dtype=torch.int32)  # what lies in slots not in use
     slots[..., : capacity + 1] = torch.from_numpy(held)
     used = torch.arange(capacity + 5).expand(slots.shape) <= capacity
-    victims = method.victims(DecodeView(slots, None, used, torch.tensor([500]), torch.tensor([capacity])))
-    assert (victims == int(held.argmin())).all()
+    assert (victims(method, decode_view(slots, used, [500], [capacity])) == int(held.argmin())).all()
 
 
 def test_kept_positions_at_every_step(serve: Serve) -> None:

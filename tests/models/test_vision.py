@@ -250,7 +250,7 @@ def test_only_the_language_part_is_hooked(load: Load, model_type: str) -> None:
     assert loaded.model.config.get_text_config()._attn_implementation == "kvwise"
     untyped: Any = loaded.model.config
     assert untyped.vision_config._attn_implementation == "sdpa"
-    language: Any = getattr(loaded.model.base_model, "language_model")  # noqa: B009
+    language: Any = loaded.model.base_model.language_model
     assert all(any(layer.module is module for module in language.modules()) for layer in loaded.layers)
 
 
@@ -262,7 +262,8 @@ def test_the_probe_sees_wrong_features(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_probe_sees_wrong_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Vision, "_rotate", lambda self, tokens, pictures, spans: (None, 0))
+    flat = np.arange(1000)
+    monkeypatch.setattr(Vision, "_rotate", lambda self, tokens, *more: (np.stack([flat] * 3)[:, : len(tokens)], 0))
     with pytest.raises(UnsupportedModel, match="logits are off"):
         load_model("random:qwen2vl-tiny")
 

@@ -37,6 +37,7 @@ class CacheManager(Keeping, Figures):
     is released and admitted again later: what it published is matched then. A block is matchable from the
     commit that fills it, never before. The engine reads `tables` int32 [max_sequences,
     max_blocks_per_sequence], `num_blocks` and `num_computed` int32 [max_sequences], and never writes them.
+    `packed_per_block`: packed pages that fit a block, 0 for none.
     Not thread-safe: one engine loop owns it.
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from kvwise import __version__
-from kvwise.cli import cache, calibrate, generate, methods, study
+from kvwise.cli import cache, calibrate, generate, methods, study, train
 from kvwise.core.errors import KvwiseError, UsageError
 
 app = typer.Typer(

@@ -48,6 +48,19 @@ class RequestMetrics:
     load: LoadReport | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class HeadReport:
+    """What one layer and head held of a request when it ended, told where `SamplingParams.explain` asks for it.
+
+    `kept` are the positions on the device, in order, and `recalled` those elsewhere that the last step brought back.
+    The first `num_packed` of the tokens kept, in the order of their pages, lie in packed pages.
+    """
+
+    kept: list[int]
+    num_packed: int = 0
+    recalled: list[int] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class Attestation:
     """What the methods did to one request. `did` counts, per method, the work that only it does."""
@@ -68,6 +81,7 @@ class Attestation:
     bytes_freed: int = 0
     bytes_fetched: int = 0
     did: dict[str, int] = field(default_factory=dict)
+    heads: list[list[HeadReport]] | None = None  # by layer (of those that store KV) and head, if asked for
 
 
 @dataclass(frozen=True, slots=True)

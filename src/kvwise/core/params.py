@@ -28,6 +28,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     # Teacher forcing: the output begins with these tokens, whatever the logits say; none of them ends the request.
     forced_tokens: Sequence[int] | None = None
+    explain: bool = False  # the attestation tells what each layer and head held when the request ended
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, bool, str], ...] = (

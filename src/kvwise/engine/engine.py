@@ -119,7 +119,7 @@ class Engine:
             salt=owner.salt,
             session=owner.session,
             metrics=RequestMetrics(arrival=now, num_prompt_tokens=len(tokens)),
-            attestation=Attestation(str(self.strategy)),
+            attestation=Attestation(str(self.strategy), bits_per_element=8.0 * self.memory.layout.element_bytes),
             output=OutputText(self.loaded.tokenizer, params.stop),
             sampler=SequenceSampler(
                 params,

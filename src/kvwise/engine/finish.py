@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvwise.core.clock import Clock
 from kvwise.core.errors import CapacityError, RequestError
-from kvwise.core.output import FinishReason, RequestOutput
+from kvwise.core.output import FinishReason, HeadReport, RequestOutput
 from kvwise.engine.batch import Batch
 from kvwise.engine.placement.choose import Memory
 from kvwise.engine.runner import finite_rows
@@ -176,6 +176,8 @@ class Finisher:
         """End a sequence in any phase: its memory is free at once, and so are samples that wait for it."""
         if sequence in self._scheduler.waiting:
             self._scheduler.waiting.remove(sequence)
+        if sequence.params.explain and sequence.row is not None:
+            sequence.attestation.heads = self._explained(sequence)
         self._scheduler.release(sequence)
         sequence.phase = Phase.FINISHED
         sequence.finish_reason = reason
@@ -185,6 +187,13 @@ class Finisher:
         for sibling in sequence.siblings:
             self.end(sibling, reason, error)
         sequence.siblings = []
+
+    def _explained(self, sequence: Sequence) -> list[list[HeadReport]]:
+        if sequence.settled:
+            return self._memory.placement.explain(sequence)
+        layout = self._memory.layout
+        held = list(range(sequence.num_computed))
+        return [[HeadReport(held) for _ in range(layout.num_kv_heads)] for _ in range(layout.num_layers)]
 
     def refuse_stuck(self, sequence: Sequence) -> None:
         """The first request in the queue cannot start though nothing runs: it never will."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from kvwise.core.output import HeadReport
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.models.attention import Observer, Part
 
@@ -60,6 +61,10 @@ class Placement(Protocol):
 
     def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """The step's new tokens of settled sequences are stored and have attended."""
+        ...
+
+    def explain(self, sequence: Seq) -> list[list[HeadReport]]:
+        """What each layer and head of a settled sequence holds now."""
         ...
 
     def release(self, sequence: Seq) -> None:

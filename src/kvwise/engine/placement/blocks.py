@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from kvwise.core.output import HeadReport
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.models.attention import Observer, Part
@@ -53,6 +54,10 @@ class BlockPlacement:
     def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """Nothing to do."""
         return []
+
+    def explain(self, sequence: Seq) -> list[list[HeadReport]]:
+        """Never asked: nothing is settled."""
+        raise AssertionError("no sequence is settled")
 
     def release(self, sequence: Seq) -> None:
         """Nothing is held."""

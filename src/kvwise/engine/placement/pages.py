@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvwise.cache.manager import CacheManager
+from kvwise.core.output import HeadReport
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.evicting import Evictor
 from kvwise.engine.placement.observed import ObservedQueries
@@ -346,6 +347,16 @@ class PagePlacement:
         """Logical positions held by each layer and head, sorted: what the method has kept so far."""
         assert sequence.row is not None
         return self._evictor.kept_positions(sequence)
+
+    def explain(self, sequence: Seq) -> list[list[HeadReport]]:
+        """What each layer and head holds now."""
+        assert sequence.row is not None
+        packed = self._state.key_length[sequence.row].tolist()
+        kept = self.kept_positions(sequence)
+        return [
+            [HeadReport(held, count) for held, count in zip(*layer, strict=True)]
+            for layer in zip(kept, packed, strict=True)
+        ]
 
     # -- the rest -----------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvwise.cache.manager import CacheManager
+from kvwise.core.output import HeadReport
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.compact import compact
 from kvwise.engine.placement.host_rows import HostRows
@@ -206,6 +207,14 @@ class RecallPlacement:
         return self._failed()
 
     # -- the rest -----------------------------------------------------------------------------------------------
+
+    def explain(self, sequence: Seq) -> list[list[HeadReport]]:
+        """The full layers hold all tokens on the device; what the others read lies on the host."""
+        every = list(range(sequence.num_computed))
+        return [
+            [HeadReport(every if layer < self._num_full_layers else []) for _ in range(self._layout.num_kv_heads)]
+            for layer in range(self._layout.num_layers)
+        ]
 
     def release(self, sequence: Seq) -> None:
         """Wait for transfers that still read or write what the sequence holds, then forget it on both sides."""

@@ -25,7 +25,7 @@ START = 1e-4  # of both scales: so small that a residual that nobody trained add
 
 @dataclass(frozen=True, slots=True)
 class FeatureMaps:
-    """phi of queries, by query head, and psi of keys, by KV head (LESS, arXiv 2402.09398, section 3), float32.
+    """phi of queries, by query head, and psi of keys, by KV head (LESS, arXiv 2402.09398), float32.
 
     `phi(q) = |gelu(gelu(q A) B)|`, and with `y = |d| gelu(gelu(k A) B)`, `psi(k) = |y + (y I) e|`, so that
     `phi(q) . psi(k)` is like `exp(logit)`. The paper's models have as many KV heads as query heads; where query

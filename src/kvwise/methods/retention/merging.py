@@ -39,7 +39,7 @@ def neighbour_cosines(keys: Tensor) -> Tensor:
 
 
 def gaussian_sets(joined: Tensor, keys: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KVMerger's merging (arXiv 2407.08454, section 4) of runs of neighbours -> target [H, T], weights of K and of V.
+    """KVMerger's merging (arXiv 2407.08454) of runs of neighbours -> target [H, T], weights of K and of V.
 
     `joined` bool [H, T - 1] says which tokens are in one set with the next; keys [H, T, D]; mass [H, T]. The target
     of a set is its pivot p, the token with the most mass (of equals the first). With d_i the squared distance of key i
