@@ -34,7 +34,7 @@ STRATEGIES = (
     "infinigen", "infinigen(keep=1)", "topk(keep=1)", "quest", "clusterkv", "clusterkv(keep=2)"
 )  # fmt: skip
 COLUMNS = (("share", 8, "%"), ("recall", 8, "%"), ("agreement", 11, "%"), ("read", 10, "k"), ("moved", 10, "k"),
-           ("run", 8, "k"), ("index", 8, "%"), ("staging", 9, "%"), ("tokens/s", 10, "n"))  # fmt: skip
+           ("run", 8, "k"), ("index", 8, "%"), ("staging", 9, "%"))  # fmt: skip
 
 
 @dataclass
@@ -45,7 +45,6 @@ class Run:
     num_runs: int = 0
     index_bytes: int = 0
     staged_bytes: int = 0
-    seconds: float = 0.0
     token_bytes: int = 0
 
 
@@ -62,10 +61,7 @@ def run(loaded: LoadedModel, strategy: str, prompts: list[list[int]], num_new: i
         placement = engine.memory.placement
         done: dict[str, RequestOutput] = {}
         while engine.has_unfinished():
-            began, decoding = time.perf_counter(), all(s[0].settled for s in engine._requests.values())
             done.update({o.request_id: o for o in engine.step() if o.finished})
-            if decoding:
-                found.seconds += time.perf_counter() - began
             if isinstance(placement, RecallPlacement):
                 found.index_bytes = max(found.index_bytes, placement.index.num_bytes)
                 found.staged_bytes = max(found.staged_bytes, placement._tiers.staged_bytes)
@@ -78,7 +74,7 @@ def run(loaded: LoadedModel, strategy: str, prompts: list[list[int]], num_new: i
     return found
 
 
-def figures(ours: Run, timed: Run, full: Run, row_bytes: int) -> dict[str, float]:
+def figures(ours: Run, full: Run, row_bytes: int) -> dict[str, float]:
     """What the columns say, over all requests."""
     seen = [o.attestation for o in ours.outputs]
     alike = total = 0
@@ -99,7 +95,6 @@ def figures(ours: Run, timed: Run, full: Run, row_bytes: int) -> dict[str, float
         "run": moved / max(1, ours.num_runs),
         "index": ours.index_bytes / whole,
         "staging": ours.staged_bytes / whole,
-        "tokens/s": decoded / timed.seconds,
     }
 
 
@@ -116,9 +111,8 @@ def prompts_for(loaded: LoadedModel, num: int, length: int, seed: int) -> list[l
 
 
 def show(value: float, width: int, kind: str) -> str:
-    """A share in per cent, bytes in KiB, or a plain number."""
-    text = {"%": f"{value:.1%}", "k": f"{value / 1024:.1f}K", "n": f"{value:.0f}"}[kind]
-    return text.rjust(width)
+    """A share in per cent, or bytes in KiB."""
+    return {"%": f"{value:.1%}", "k": f"{value / 1024:.1f}K"}[kind].rjust(width)
 
 
 def main() -> int:
@@ -142,8 +136,8 @@ def main() -> int:
             prompts = prompts_for(loaded, args.requests, context, args.seed)
             full = run(loaded, "full", prompts, args.new, audit=False)
             for strategy in args.strategies:
-                audited, timed = (run(loaded, strategy, prompts, args.new, audit=audit) for audit in (True, False))
-                row = figures(audited, timed, full, 2 * loaded.head_dim * loaded.dtype.itemsize)
+                ours = run(loaded, strategy, prompts, args.new, audit=True)
+                row = figures(ours, full, 2 * loaded.head_dim * loaded.dtype.itemsize)
                 told = "".join(show(row[column], width, kind) for column, width, kind in COLUMNS)
                 print(f"{name:16}{len(prompts[0]):8}  {strategy:22}{told}", flush=True)
                 found.append({"model": name, "context": context, "strategy": strategy, **row})

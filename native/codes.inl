@@ -20,33 +20,47 @@ struct Fold {
     float offset;
 };
 
-// `steps` and `zeros` are float16; n a multiple of 32. Where x is 0 neither is looked at: rows never written hold
-// anything.
-template <class W>
-inline Fold fold(const PackedPart& part, const float* x, const uint16_t* steps, int32_t n, float largest_weight,
-                 W* weights) {
-    float folded[kMaxInner];
-    const uint16_t* zeros = steps + part.padded_inner;
-    const Vec factor = broadcast(part.step_factor);
-    Vec largest = zero(), sum = zero(), constant = zero();
-    for (int32_t i = 0; i < n; i += Vec::kLanes) {
-        const Vec value = load(x + i);
-        const Mask none = equal(value, zero());
-        const Vec w = select(none, zero(), value * (load_as_float(Float16{}, steps + i) * factor));
-        store(folded + i, w);
-        largest = larger(largest, magnitude(w));
-        sum = sum + w;
-        constant = constant + select(none, zero(), value * load_as_float(Float16{}, zeros + i));
-    }
-    const float most = reduce_max(largest), scale = most / largest_weight;
-    const Vec inverse = broadcast(most > 0.0f ? largest_weight / most : 0.0f);
-    Vec rounded = zero();
-    for (int32_t i = 0; i < n; i += Vec::kLanes) {
-        rounded = rounded + store_rounded(weights + i, load(folded + i) * inverse);
-    }
-    const float total = reduce_add(sum), kept = scale * reduce_add(rounded);
+// Factors of R rows at once, which share the steps and hide each other's latency. n is a multiple of 32.
+template <class W, int R>
+inline void fold_rows(const PackedPart& part, const float* x, int64_t x_stride, const uint16_t* steps,
+                      const uint16_t* zeros, int32_t n, W* weights, Fold* folds) {
+    constexpr float kLargest = sizeof(W) == 1 ? 127.0f : 16383.0f;
+    float folded[R][kMaxInner];
     const float middle = 0.5f * float((1 << part.bits) - 1);
-    return {scale, reduce_add(constant) + part.bias * total + middle * (total - kept)};
+    const Vec factor = broadcast(part.step_factor), centre = broadcast(part.bias + middle);
+    Vec largest[R], constant[R], rounded[R];
+    for (int r = 0; r < R; ++r) largest[r] = constant[r] = rounded[r] = zero();
+    for (int32_t i = 0; i < n; i += Vec::kLanes) {
+        const Vec step = load_as_float(Float16{}, steps + i) * factor;
+        const Vec of_centre = fma(step, centre, load_as_float(Float16{}, zeros + i));
+        for (int r = 0; r < R; ++r) {
+            const Vec value = load(x + r * x_stride + i), w = value * step;
+            store(folded[r] + i, w);
+            largest[r] = larger(largest[r], magnitude(w));
+            constant[r] = fma(value, of_centre, constant[r]);
+        }
+    }
+    Vec inverse[R];
+    for (int r = 0; r < R; ++r) {
+        const float most = reduce_max(largest[r]);
+        inverse[r] = broadcast(most > 0.0f ? kLargest / most : 0.0f);
+        folds[r].scale = most * (1.0f / kLargest);
+    }
+    for (int32_t i = 0; i < n; i += Vec::kLanes) {
+        for (int r = 0; r < R; ++r) {
+            rounded[r] = rounded[r] + store_rounded(weights + r * kMaxInner + i, load(folded[r] + i) * inverse[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        folds[r].offset = reduce_add(constant[r] - rounded[r] * broadcast(middle * folds[r].scale));
+}
+
+template <class W>
+inline void fold_any(int32_t rows, const PackedPart& part, const float* x, int64_t x_stride, const uint16_t* steps,
+                     const uint16_t* zeros, int32_t n, W* weights, Fold* folds) {
+    if (rows == kFoldRows) return fold_rows<W, kFoldRows>(part, x, x_stride, steps, zeros, n, weights, folds);
+    for (int32_t r = 0; r < rows; ++r)
+        fold_rows<W, 1>(part, x + r * x_stride, 0, steps, zeros, n, weights + r * kMaxInner, folds + r);
 }
 
 // A walk over lanes [from, to) and inner units [first, first + units) of a coded part; `weights` begin at the first.
@@ -253,13 +267,26 @@ inline CodeWalk walk_of(const PackedPart& part, const char* data, const Reach& r
     return walk;
 }
 
+// Steps of the inner numbers a walk reads; zeros outside [skip, skip + count): rows never written hold anything.
+struct Steps {
+    uint16_t step[kDecodeTile + 2 * kCodeUnit];
+    uint16_t zero[kDecodeTile + 2 * kCodeUnit];
+};
+
+inline void copy_steps(const uint16_t* steps, int64_t to_zeros, int64_t skip, int32_t count, Steps& copy) {
+    std::memset(&copy, 0, sizeof(copy));
+    std::memcpy(copy.step + skip, steps + skip, count * sizeof(uint16_t));
+    std::memcpy(copy.zero + skip, steps + to_zeros + skip, count * sizeof(uint16_t));
+}
+
 // Folds and walks every group of lanes for up to kFoldRows rows: raw [rows][stride] of products from lane `reach.from`
-// on, and finish(row, lane, end, fold) for each group of each row.
+// on, and finish(row, lane, end, fold) for each group of each row. Only inner numbers [skip, skip + count) are
+// looked at where count is not 0.
 template <class W, class Finish>
 inline void walk_groups(const PackedPart& part, const char* data, const Reach& reach, const float* x, int64_t x_stride,
-                        int32_t rows, Ahead& ahead, int32_t lines, float* raw, int64_t stride, Finish finish) {
+                        int32_t rows, Ahead& ahead, int32_t lines, float* raw, int64_t stride, int64_t skip,
+                        int32_t count, Finish finish) {
     W weights[kFoldRows * kMaxInner];
-    constexpr float kLargest = sizeof(W) == 1 ? 127.0f : 16383.0f;
     CodeWalk walk = walk_of(part, data, reach);
     walk.weights = weights;
     walk.stride = stride;
@@ -268,10 +295,15 @@ inline void walk_groups(const PackedPart& part, const char* data, const Reach& r
         const int32_t last = part.num_groups() - 1, group = lane / part.group < last ? lane / part.group : last;
         const int32_t end = group < last && (group + 1) * part.group < reach.to ? (group + 1) * part.group : reach.to;
         const uint16_t* steps = steps_of(part, data, group) + reach.first * kCodeUnit;
-        Fold folds[kFoldRows];
-        for (int32_t r = 0; r < rows; ++r) {
-            folds[r] = fold(part, x + r * x_stride, steps, reach.units * kCodeUnit, kLargest, weights + r * kMaxInner);
+        const uint16_t* zeros = steps + part.padded_inner;
+        Steps copy;
+        if (count) {
+            copy_steps(steps, part.padded_inner, skip, count, copy);
+            steps = copy.step;
+            zeros = copy.zero;
         }
+        Fold folds[kFoldRows];
+        fold_any(rows, part, x, x_stride, steps, zeros, reach.units * kCodeUnit, weights, folds);
         walk.from = lane;
         walk.to = end;
         walk.out = raw + lane - reach.from;
@@ -298,7 +330,7 @@ void code_scores(const PackedPart& part, const char* page, const Tile& tile, con
     for (int32_t r = 0; r < rows; r += kFoldRows) {
         float raw[kFoldRows][kTileLanes];
         walk_groups<W>(part, page + part.first, reach, queries + r * query_stride, query_stride,
-                       rows - r < kFoldRows ? rows - r : kFoldRows, ahead, lines, raw[0], kTileLanes,
+                       rows - r < kFoldRows ? rows - r : kFoldRows, ahead, lines, raw[0], kTileLanes, 0, 0,
                        [&](int32_t i, int32_t lane, int32_t end, const Fold& fold) {
                            const Vec scale = broadcast(fold.scale), offset = broadcast(fold.offset);
                            float* at = raw[i] + lane - reach.from;
@@ -319,16 +351,19 @@ void code_values(const PackedPart& part, const char* page, const Tile& tile, con
     const int32_t blocks = (rows + kFoldRows - 1) / kFoldRows;
     const int32_t steps = reach.to / (kLaneVectors * Bytes::kLanes) * reach.units * blocks;
     const int32_t lines = ahead.lines_per_step(tile.count, steps);
+    const int64_t skip = tile.packed_rows.slot - reach.first * kCodeUnit;
+    const bool whole = skip == 0 && tile.count == reach.units * kCodeUnit;
     for (int32_t r = 0; r < rows; r += kFoldRows) {
         const int32_t n = rows - r < kFoldRows ? rows - r : kFoldRows;
         constexpr int32_t kReach = kDecodeTile + 2 * kCodeUnit;
-        float raw[kFoldRows][kMaxInner], x[kFoldRows][kReach];
-        const int64_t skip = tile.packed_rows.slot - reach.first * kCodeUnit;
-        for (int32_t i = 0; i < n; ++i) {
-            std::memset(x[i], 0, sizeof(x[i]));
-            std::memcpy(x[i] + skip, probabilities + (r + i) * stride, tile.count * sizeof(float));
+        float raw[kFoldRows][kMaxInner], padded_x[kFoldRows][kReach];
+        for (int32_t i = 0; i < n && !whole; ++i) {
+            std::memset(padded_x[i], 0, sizeof(padded_x[i]));
+            std::memcpy(padded_x[i] + skip, probabilities + (r + i) * stride, tile.count * sizeof(float));
         }
-        walk_groups<W>(part, page + part.first, reach, x[0], kReach, n, ahead, lines, raw[0], kMaxInner,
+        const float* x = whole ? probabilities + r * stride : padded_x[0];
+        walk_groups<W>(part, page + part.first, reach, x, whole ? stride : int64_t(kReach), n, ahead, lines, raw[0],
+                       kMaxInner, skip, whole ? 0 : tile.count,
                        [&](int32_t i, int32_t lane, int32_t end, const Fold& fold) {
                            const Vec scale = broadcast(fold.scale), offset = broadcast(fold.offset);
                            const Vec before = broadcast(alpha[r + i]);

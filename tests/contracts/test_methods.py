@@ -11,15 +11,25 @@ from kvwise.core.errors import StrategyError, UsageError
 from kvwise.core.method import Axis, Method, Trait
 from kvwise.core.strategy import Strategy, conflict, make_strategy
 from kvwise.methods.catalogue import MethodCatalogue, catalogue, parse
+from kvwise.methods.encoding.base import Encoding
 from kvwise.methods.loading.base import Loading
 from kvwise.methods.retention.base import Retention
 from kvwise.methods.selection.base import Selection
 
 METHODS = list(catalogue())
 CHOSEN = [kind for kind in METHODS if not kind.default]
-BASES = {Axis.RETENTION: Retention, Axis.SELECTION: Selection, Axis.LOADING: Loading}
+BASES = {Axis.RETENTION: Retention, Axis.SELECTION: Selection, Axis.ENCODING: Encoding, Axis.LOADING: Loading}
 # What an option refuses where "rubbish" is as good a word as any other: which codecs there are, tiers know.
 RUBBISH = {"codec": "7up", "weights": "7"}
+# Another value of options that do not take any number or word.
+FITTING: dict[tuple[str, str], Any] = {
+    ("hierarchical", "reader"): 4,
+    ("int8", "key_bits"): 16,
+    ("int8", "value_bits"): 4,
+    ("kivi", "group"): 64,
+    ("kivi", "residual"): 256,
+    ("kvsharer", "map"): "3:1-5:2",
+}
 
 
 def text(message: BaseException) -> str:
@@ -69,7 +79,7 @@ class TestEveryMethod:
     def test_every_option_is_printed_and_parsed_back(self, kind: type[Method]) -> None:
         for option in fields(kind):
             assert option.default is not MISSING, "every option has a default"
-            value = other_value(option.default)
+            value = FITTING.get((kind.name, option.name)) or other_value(option.default)
             method = kind.build({option.name: value})
             assert f"{option.name}=" in str(method)
             assert getattr(parse(whole(str(method))), kind.axis.value) == method

@@ -7,8 +7,8 @@ Table = list[list[float]]
 
 
 def plain_layers(layers: str, chosen: int, tokens: int, num_layers: int) -> list[int]:
-    """Numbers of tokens by layer: all `chosen`, or a straight line through that mean."""
-    if layers == "uniform" or num_layers == 1:
+    """Numbers of tokens by layer: all `chosen`, or a straight line through that mean, where there are more tokens."""
+    if layers == "uniform" or num_layers == 1 or chosen >= tokens:
         return [chosen] * num_layers
     last = Fraction(chosen, 20)
     first = 2 * chosen - last

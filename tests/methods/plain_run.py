@@ -112,9 +112,8 @@ def held(engine: Any, sequence: Any) -> list[list[Head]]:
 
 def require_same(ours: list[list[Head]], theirs: list[list[Head]], where: str = "") -> None:
     """The same tokens at every layer and head, with the same keys and values but for rounding."""
-    assert [[head.positions for head in layer] for layer in ours] == [
-        [head.positions for head in layer] for layer in theirs
-    ], where
-    for mine, plain in zip(sum(ours, []), sum(theirs, []), strict=True):
+    mine_all, plain_all = ([head for layer in layers for head in layer] for layers in (ours, theirs))
+    assert [head.positions for head in mine_all] == [head.positions for head in plain_all], where
+    for mine, plain in zip(mine_all, plain_all, strict=True):
         for rows, expected in ((mine.keys, plain.keys), (mine.values, plain.values)):
             torch.testing.assert_close(torch.stack(rows), torch.stack(expected), atol=2e-4, rtol=1e-4)

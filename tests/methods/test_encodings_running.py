@@ -200,3 +200,55 @@ def test_the_fastest_kernels_read_about_the_same(serve: Serve, line: str) -> Non
         finish(engine)
         answers.append(torch.stack(logits))
     assert float((answers[0] - answers[1]).norm() / answers[0].norm()) < 0.05
+
+
+SHORT = ["fp8(group=16)", "int4(group=16)", "kivi(group=16, residual=16)", "hierarchical(group=16)", "think(recent=8)"]
+
+
+@pytest.mark.parametrize("line", SHORT)
+def test_a_prompt_found_in_the_prefix_cache_is_answered_the_same(serve: Serve, line: str) -> None:
+    """Shared blocks stay native and whole; what is packed is each request's own."""
+    engine, prompt = serve("llama-tiny", f"{line}+prefix", **CHUNKED), prompts(90)[0]
+    first, second = (run(engine, [prompt], greedy(12))[0] for _ in range(2))
+    assert second.token_ids == first.token_ids
+    assert (first.metrics.num_cached_tokens, second.metrics.num_cached_tokens >= 48) == (0, True)
+    alone = run(serve("llama-tiny", line, **UNCHUNKED), [prompt], greedy(12))[0]
+    assert first.token_ids == alone.token_ids
+    require_empty(engine)
+
+
+@pytest.mark.parametrize("line", SHORT)
+def test_a_preempted_request_goes_on_as_if_it_had_not_been(serve: Serve, line: str) -> None:
+    """Computed again in full precision and sealed anew, it ends; so do the samples that fork from one prompt."""
+    engine = serve("llama-tiny", line, blocks=60, **CHUNKED)
+    names = [engine.add_request(prompt, greedy(24, n=2)) for prompt in prompts(40, 61)]
+    done: dict[str, Any] = {}
+    for step in range(300):
+        done |= {f"{o.request_id}/{o.index}": o for o in engine.step() if o.finished}
+        if step % 9 == 8 and names[0] in engine._requests:
+            sequence = sequence_of(engine, names[0])
+            if sequence.phase is Phase.DECODE:
+                engine._scheduler.preempt(sequence)
+        if not engine.has_unfinished():
+            break
+    assert engine.stats().num_preemptions > 0
+    assert [len(output.token_ids) for output in done.values()] == [24] * 4
+    assert all(output.error is None for output in done.values())
+    require_empty(engine)
+
+
+@pytest.mark.parametrize("line", ["int4(group=16)", "kivi(group=16, residual=16)"])
+def test_packing_frees_memory_that_admits_more(serve: Serve, line: str) -> None:
+    """In a pool that holds one native request at a time, several packed ones run at once."""
+    most = {}
+    for strategy in ("full", line):
+        engine = serve("llama-tiny", strategy, blocks=24, max_num_seqs=8, **UNCHUNKED)
+        for prompt in prompts(*[200] * 5):
+            engine.add_request(prompt, greedy(30))
+        running = 0
+        while engine.has_unfinished():
+            engine.step()
+            running = max(running, engine.memory.cache.usage().num_sequences)
+        most[strategy] = running
+        require_empty(engine)
+    assert most[line] >= 2 * most["full"]

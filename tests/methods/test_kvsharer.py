@@ -125,18 +125,17 @@ def test_decoding_equals_prefill(load: Load) -> None:
     dense = Shared(loaded)
     one_by_one = torch.stack([dense.step([token]) for token in tokens])
     torch.testing.assert_close(one_by_one, at_once, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(
-        at_once, forward(loaded, torch.tensor(tokens), torch.arange(30), Dense(loaded), torch.arange(30)), atol=0.1
-    )
+    alone = forward(loaded, torch.tensor(tokens), torch.arange(30), Dense(loaded), torch.arange(30))
+    assert not torch.allclose(at_once, alone, atol=0.1)
 
 
 def test_shared_layers_take_no_memory(serve: Serve) -> None:
     """The same bytes hold twice the tokens when half the layers store."""
-    alone, shared = serve("llama-tiny", "full", blocks=40), serve("llama-tiny", f"kvsharer(map={MAP})", blocks=40)
-    assert (alone.memory.arena.num_blocks, shared.memory.arena.num_blocks) == (40, 80)
+    alone, shared = serve("llama-tiny", "full", blocks=8), serve("llama-tiny", f"kvsharer(map={MAP})", blocks=8)
+    assert (alone.memory.arena.num_blocks, shared.memory.arena.num_blocks) == (8, 16)
     assert shared.memory.arena.num_bytes == alone.memory.arena.num_bytes
     assert shared.memory.layout.num_layers == 2
-    shared.add_request(prompts(70 * 16)[0], greedy(1))  # more than 40 blocks
+    shared.add_request(prompts(15 * 16)[0], greedy(8))
     finish(shared)
     require_empty(shared)
 
@@ -217,4 +216,5 @@ def test_tiers_hold_the_stored_layers(serve: Serve, loading: str) -> None:
     assert [o.token_ids for o in run(engine, many, greedy(6))] == wanted
     again = run(engine, many, greedy(6))
     assert [o.token_ids for o in again] == wanted
+    assert any(o.metrics.load is not None for o in again)
     require_empty(engine)

@@ -89,6 +89,7 @@ def test_layers_share_in_proportion_between_one_percent_and_all() -> None:
 def test_only_rows_behind_the_last_image_observe() -> None:
     method = VLCache(observed=9)
     assert method.observed_rows(100, ((3, 20), (30, 88))) == 12
+    assert method.observed_rows(100, ((3, 99),)) == 1
     assert method.observed_rows(100, ()) == 9
     assert method.observed_rows(100, ((3, 100),)) == 9  # nothing is behind it
     assert method.observed_rows(5, ()) == 5

@@ -19,7 +19,7 @@ from kvwise.models import builtin
 from kvwise.models.checksums import verify
 from kvwise.models.train.gate import CARD_TASKS, MAX_BYTES, falls_below, load_plain, measure, read_card
 from kvwise.models.train.rows import TASKS
-from kvwise.models.train.ship import SHIPPED
+from kvwise.models.train.ship import ADDED, SHIPPED
 from kvwise.tasks.synthetic.recall import Recall
 from kvwise.tasks.token_language import TokenLanguage
 
@@ -43,11 +43,11 @@ def test_it_loads_in_float32_and_says_what_it_speaks(tmp_path: Path) -> None:
 
 
 def test_every_file_is_there_and_the_weights_are_small() -> None:
-    assert {path.name for path in FOLDER.iterdir()} == set(SHIPPED)
+    assert {path.name for path in FOLDER.iterdir()} == {*SHIPPED, *ADDED}
     verify(FOLDER)
     assert (FOLDER / "model.safetensors").stat().st_size <= MAX_BYTES
     sums = json.loads((FOLDER / "checksums.json").read_text())
-    assert {"model.safetensors", "config.json", "tokenizer.json"} == set(sums)
+    assert {"model.safetensors", "config.json", "tokenizer.json", *ADDED} == set(sums)
 
 
 def test_the_engine_says_what_plain_transformers_says() -> None:

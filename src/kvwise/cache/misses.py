@@ -21,7 +21,7 @@ class MissReason(StrEnum):
     DECLINED = "load declined"  # it is in a lower tier, but computing it was held to be faster
     OTHER_SALT = "other salt"  # for the operator only: a tenant must not learn what another one stores
     OTHER_MODEL = "other model or dtype"  # or revision, encoding, positions: these tokens are stored under another one
-    BLOCK_BOUNDARY = "block boundary"  # all full blocks were found; the rest is computed
+    BLOCK_BOUNDARY = "block boundary"  # all that may be matched were found; the rest is computed
 
 
 class RemovalReason(StrEnum):

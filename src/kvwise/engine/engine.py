@@ -314,7 +314,10 @@ class Engine:
         hierarchy = self.memory.hierarchy
         for tier in [] if hierarchy is None else hierarchy.tiers:
             outside[tier.name] = outside.get(tier.name, 0) + tier.stats().num_bytes
+        packed = self.memory.arena.packed
         device = usage.num_pages_used * self.memory.layout.page_bytes + outside.pop("device", 0)
+        if packed is not None:
+            device += usage.num_packed_used * packed.format.page_bytes
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),

@@ -125,6 +125,24 @@ class Kernels(Protocol):
         """
         ...
 
+    def add_mass(
+        self,
+        queries: Tensor,
+        query_start: Tensor,
+        segments: Sequence[Segment],
+        lse: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+    ) -> None:
+        """Add to the mass of every visible key ``exp(logit - lse)`` of each query, lse float32 [T, Hq].
+
+        With a lse from `attend` that is its probability; with less or more, the probability times any number, such as
+        the weight of a row, or the share of these segments where queries differ from segment to segment. Segments are
+        open pages per head; there is no window.
+        """
+        ...
+
     def append(
         self,
         keys_new: Tensor,

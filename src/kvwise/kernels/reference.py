@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvwise.kernels.base import Attention, Segment, check_attend
+from kvwise.kernels.given_mass import GivenMass
 from kvwise.kernels.reference_sealed import ReferenceSealing, sealed_rows
 
 # Query rows handled at once: the logits held are ROWS x keys, so that a long prompt needs no T x T matrix here either.
@@ -41,7 +42,7 @@ class _Look:
     softcap: float | None
 
 
-class ReferenceKernels(ReferenceSealing):
+class ReferenceKernels(GivenMass, ReferenceSealing):
     """Plain torch kernels; see `kvwise.kernels.base.Kernels` for what each must do."""
 
     name = "reference"

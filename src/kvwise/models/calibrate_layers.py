@@ -1,25 +1,29 @@
 """Which layers may share KV: KVSharer's search over a loaded model."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from kvwise.core.errors import UsageError
 from kvwise.core.layout import KVLayout, LayerMap
 from kvwise.kernels import kernels_for
 from kvwise.models.attention import BlockPart, StepBatch
+from kvwise.models.hook import forward_model
 from kvwise.models.loaded import LoadedModel
+from kvwise.tasks.language import Language
 from kvwise.tasks.synthetic.recall import Recall
 from kvwise.tasks.text_language import TextLanguage
 from kvwise.tasks.token_language import TokenLanguage
 from kvwise.tiers.arena import Arena
 
 NUM_ROWS, ROW_TOKENS = 30, 64  # as in the paper
+CONTEXT = 256  # tokens of the texts whose beginnings are taken: a shorter one may hold no fact
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ def calibrate_layers(
 
 
 def sample_rows(loaded: LoadedModel) -> Tensor:
-    """30 rows of 64 tokens, int64: questions and answers in the model's own language or in English text.
+    """30 rows of 64 tokens, int64: beginnings of contexts full of facts, in the model's own language or in English.
 
     Where the vocabulary carries neither, ids are drawn with a fixed seed.
     """
@@ -86,7 +90,9 @@ def sample_rows(loaded: LoadedModel) -> Tensor:
     if loaded.tokenizer.bos_token_id is None and not loaded.speaks_tokens and loaded.vocab_size < 259:
         drawn = torch.randint(loaded.vocab_size, (NUM_ROWS, num_tokens), generator=torch.Generator().manual_seed(0))
     else:
-        drawn = torch.tensor([_episode(loaded, seed, num_tokens) for seed in range(NUM_ROWS)])
+        language = _language(loaded)
+        told = [Recall().episode(np.random.default_rng(seed), language, CONTEXT) for seed in range(NUM_ROWS)]
+        drawn = torch.tensor([list(episode.context[:num_tokens]) for episode in told])
     return drawn.to(loaded.device)
 
 
@@ -100,16 +106,12 @@ def rows_of_text(loaded: LoadedModel, lines: list[str]) -> Tensor:
     return torch.tensor(rows, device=loaded.device)
 
 
-def _episode(loaded: LoadedModel, seed: int, num_tokens: int) -> list[int]:
-    language: TokenLanguage | TextLanguage
+def _language(loaded: LoadedModel) -> Language:
     if loaded.speaks_tokens:
-        language = TokenLanguage(loaded.vocab_size)
-    else:
-        tokenizer = loaded.tokenizer
-        begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-        language = TextLanguage(lambda text: tokenizer.encode(text, add_special=False), tokenizer.decode, begin)
-    episode = Recall().episode(np.random.default_rng(seed), language, 4 * num_tokens)
-    return list(episode.context[:num_tokens])
+        return TokenLanguage(loaded.vocab_size)
+    tokenizer = loaded.tokenizer
+    begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    return TextLanguage(lambda text: tokenizer.encode(text, add_special=False), tokenizer.decode, begin)
 
 
 def _run(loaded: LoadedModel, rows: Tensor, layers: LayerMap) -> tuple[Tensor, Arena]:
@@ -130,16 +132,26 @@ def _run(loaded: LoadedModel, rows: Tensor, layers: LayerMap) -> tuple[Tensor, A
         torch.arange(rows.numel(), device=loaded.device),
     )
     positions = torch.arange(num_tokens, device=loaded.device).repeat(num_rows)
-    body: Any = loaded.model.base_model  # without the output head, which nobody asks
-    with torch.inference_mode():
-        out = body(
-            input_ids=rows.view(1, -1),
-            position_ids=positions[None],
-            use_cache=False,
-            batch=StepBatch([part], layers),
-        )
-    hidden: Tensor = out.last_hidden_state
-    return hidden.float().view(num_rows, -1), arena
+    with _caught(loaded) as hidden:
+        forward_model(loaded.model, rows.flatten(), positions, StepBatch([part], layers))
+    return hidden[0].float().view(num_rows, -1), arena
+
+
+@contextmanager
+def _caught(loaded: LoadedModel) -> Iterator[list[Tensor]]:
+    """What goes into the output head [T, hidden]; the head itself is given one row, as nobody asks it."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        caught.append(args[0][0])
+        return (args[0][:, :1],)
+
+    head: Any = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    hook = head.register_forward_pre_hook(catch)
+    try:
+        yield caught
+    finally:
+        hook.remove()
 
 
 def _distances(arena: Arena, num_rows: int) -> Tensor:

@@ -141,9 +141,7 @@ def test_an_order_that_loses_rows_fails_its_request_only(
     require_empty(engine)
 
 
-def test_after_a_transfer_that_failed_nothing_is_taken_to_be_there(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_transfer_that_fails_ends_its_step_and_no_other(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     many = prompts(40, 50)
     expected = run(serve("llama-tiny", "quest"), many, greedy(8))
     engine = serve("llama-tiny", "quest")

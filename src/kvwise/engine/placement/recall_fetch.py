@@ -65,13 +65,8 @@ class Fetch:
     arrival: Future[None]
 
     def wait(self) -> None:
-        """Until all has arrived. If it cannot, what was to lie on the device does not."""
-        try:
-            self.arrival.result()
-        except Exception:
-            for one in self.asked:
-                one.rows.forget(self.layer)
-            raise
+        """Until all has arrived. A transfer that failed raises, and ends the requests of its step."""
+        self.arrival.result()
 
     def own_slots(self, block_size: int) -> Tensor:
         """Where each request's own row belongs: int64 [B, H], in page space of the staging pages."""

@@ -41,6 +41,8 @@ class Shelf:
 
         The shelf is then as if moves and fetches had been made.
         """
+        if not self._keep:
+            return self._anew(chosen)
         num_heads, num_read = chosen.shape
         self._make_place(max(int(chosen.max()), own or 0) + 1)
         heads = np.broadcast_to(np.arange(num_heads)[:, None], chosen.shape)
@@ -60,6 +62,12 @@ class Shelf:
         self._put_own(num_read, own)
         return Plan(moved, fetched, self._rows.shape[1], int(found.sum()))
 
+    def _anew(self, chosen: Int64) -> Plan:
+        """Nothing is kept, so all is fetched."""
+        self._rows = np.pad(chosen, ((0, 0), (0, 1)))
+        heads, slots = np.indices(chosen.shape).reshape(2, -1)
+        return Plan(np.zeros((3, 0), dtype=np.int64), np.stack([heads, chosen.ravel(), slots]), self._rows.shape[1], 0)
+
     def _make_place(self, num_rows: int) -> None:
         have = self._place.shape[1]
         if num_rows > have:
@@ -67,7 +75,7 @@ class Shelf:
 
     def _find(self, heads: Int64, chosen: Int64) -> tuple[Bool, Int64]:
         """Which of the chosen rows are there, and in which slot."""
-        if not self._keep or not self._rows.shape[1]:
+        if not self._rows.shape[1]:
             return np.zeros(chosen.shape, dtype=np.bool_), chosen
         slots = np.minimum(self._place[heads, chosen], self._rows.shape[1] - 1)
         return (self._rows[heads, slots] == chosen) & (self._age[heads, slots] < self._keep), slots
@@ -110,8 +118,11 @@ def _pair(movers: Bool, free: Bool) -> Int64:
 
 def _nth(free: Bool, heads: Int64, taken: Int64) -> Int64:
     """For heads [k] in ascending order, the free slots of each in turn, after the first `taken` [H] of them."""
-    of, slots = free.nonzero()
-    first = np.searchsorted(of, heads)
-    turn = np.arange(len(heads)) - np.searchsorted(heads, heads)
-    found: Int64 = slots[first + taken[heads] + turn] if len(heads) else np.zeros(0, dtype=np.int64)
+    if not len(heads):
+        return np.zeros(0, dtype=np.int64)
+    slots = free.nonzero()[1]
+    num_free, num_wanted = free.sum(1), np.bincount(heads, minlength=len(free))
+    # Where each head's free slots begin in `slots`, less where its wishes begin in `heads`.
+    offset = (num_free.cumsum() - num_free) + taken - (num_wanted.cumsum() - num_wanted)
+    found: Int64 = slots[offset[heads] + np.arange(len(heads))]
     return found

@@ -69,6 +69,7 @@ class FeatureMaps:
         part = path.with_name(f"{path.name}.part")
         tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.tensors().items()}
         save_file(tensors, part, metadata={"about": json.dumps(about)})
+        part.chmod(0o644)
         part.replace(path)
 
 

@@ -40,7 +40,8 @@ def nearest(keys: Tensor, centroids: Tensor) -> Tensor:
 def _totals(keys: Tensor, labels: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
     """How many keys each cluster has [H, C, 1], and their sum [H, C, D]."""
     num_heads, _, dim = keys.shape
-    counts = keys.new_zeros(num_heads, num_clusters).scatter_add_(1, labels, torch.ones_like(keys[..., 0]))
-    sums = keys.new_zeros(num_heads, num_clusters, dim)
-    sums.scatter_add_(1, labels[..., None].expand(-1, -1, dim), keys)
-    return counts[..., None], sums
+    # All heads' clusters in one row: whole keys are then added up, which is many times faster than number by number.
+    cluster = (labels + torch.arange(num_heads, device=keys.device)[:, None] * num_clusters).flatten()
+    counts = cluster.bincount(minlength=num_heads * num_clusters).view(num_heads, num_clusters, 1)
+    sums = keys.new_zeros(num_heads * num_clusters, dim).index_add_(0, cluster, keys.flatten(0, 1))
+    return counts, sums.view(num_heads, num_clusters, dim)

@@ -23,6 +23,7 @@ SHIPPED = (
     "README.md",
     FILE,
 )
+ADDED = ("less.safetensors",)  # what methods have learned about the model, once it was trained: kvwise train
 
 
 def ship(
@@ -40,7 +41,7 @@ def ship(
         raise UsageError(f"{folder} lacks {', '.join(missing)}: finish the training (python -m kvwise.models.train)")
     check(folder, answers=answers)
     to.mkdir(parents=True, exist_ok=True)
-    for name in SHIPPED:
+    for name in (*SHIPPED, *(name for name in ADDED if (folder / name).is_file())):
         shutil.copyfile(folder / name, to / name)
     verify(to)
     typer.echo(f"shipped {folder} to {to}")
