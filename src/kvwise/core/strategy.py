@@ -23,6 +23,34 @@ CONFLICTS: tuple[tuple[Trait, Trait, str], ...] = (
         "both rearrange a request's pages after prefill, and a page can have one owner",
     ),
     (
+        Trait.RECALLS,
+        Trait.LIVES_ON,
+        "the first brings back tokens that have left, and those of the second live on in what stays: they would count "
+        "twice",
+    ),
+    (
+        Trait.RECALLS,
+        Trait.RAGGED_HEADS,
+        "the first is asked for equally many tokens in each head of a layer, and from the heads of the second "
+        "different numbers have left",
+    ),
+    (
+        Trait.RECALLS,
+        Trait.PACKS,
+        "the first reads single tokens of what lies on the host, and tokens packed together are read by whole pages",
+    ),
+    (
+        Trait.RECALLS,
+        Trait.SHARES_LAYERS,
+        "the first looks for the tokens of a layer by queries and keys of its own, and layers that share KV have keys "
+        "of another",
+    ),
+    (
+        Trait.FOLDS,
+        Trait.PRUNES_CHANNELS,
+        "the first was trained on whole keys, and the second has dropped channels of them",
+    ),
+    (
         Trait.NO_PREFIX_KEYS,
         Trait.NEEDS_PREFIX_KEYS,
         "stored KV is found by the keys of its prefix, which only the reuse of prefixes makes: add '+prefix'",

@@ -9,6 +9,7 @@ from kvwise import _native
 from kvwise.core.errors import UsageError
 from kvwise.kernels.base import Attention, Segment, check_attend
 from kvwise.kernels.cpu_sealed import STORAGE, CpuSealing, SealedFields, address, call
+from kvwise.kernels.given_mass import GivenMass
 from kvwise.kernels.reference import ReferenceKernels
 
 
@@ -17,7 +18,7 @@ def instruction_sets() -> list[str]:
     return _native.instruction_sets()
 
 
-class CpuKernels(CpuSealing):
+class CpuKernels(GivenMass, CpuSealing):
     """C++ kernels for one instruction set; float32 sums for every storage dtype. See `kvwise.kernels.base.Kernels`.
 
     They use `num_threads` threads; None: as many as torch does at the time of the call.

@@ -68,14 +68,16 @@ def _add(
     logits *= scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    given = logits.sub_(lse.flatten(2)[..., None]).exp_().unflatten(2, lse.shape[2:])
+    # A row that sees nothing has lse -inf; with inf in its place it gives nothing.
+    known = lse.masked_fill(lse == -torch.inf, torch.inf).flatten(2)
+    given = logits.sub_(known[..., None]).exp_().unflatten(2, lse.shape[2:])
     slot = torch.arange(given.shape[-1], device=keys.device)
     if segment.causal and queries.shape[3] > 1:
         row = torch.arange(queries.shape[3], device=keys.device)[:, None]
         seen = slot <= lengths[..., None, None] - num_left + row
-        given *= seen[:, :, None]
+        given.masked_fill_(~seen[:, :, None], 0.0)
     elif segment.causal and num_left > 1:
-        given *= (slot <= lengths[..., None] - num_left)[:, :, None, None]
+        given.masked_fill_((slot > lengths[..., None] - num_left)[:, :, None, None], 0.0)
     received = given.sum((2, 3))
     used = slot < lengths[..., None]
     slots = (pages[..., None] * size + torch.arange(size, device=pages.device)).flatten(2)

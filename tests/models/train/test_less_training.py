@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from kvwise.cli.main import run
 from kvwise.core.errors import UsageError
@@ -20,6 +21,7 @@ from kvwise.models.load import load_model
 from kvwise.models.train import less
 from kvwise.models.train.less import answer, fit
 from kvwise.models.train.less_rows import Rows, rows_of, texts
+from tests.methods.dense_reference import Dense
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,14 @@ def loaded() -> Any:
 
 
 @pytest.fixture(scope="module")
-def rows(loaded: Any) -> list[Rows]:
-    """Of a text of 80 random tokens."""
-    rng = np.random.default_rng(0)
-    _, endless = texts(loaded, None, 80, rng)
-    return rows_of(loaded, next(endless), rng)
+def text(loaded: Any) -> Tensor:
+    """80 random tokens."""
+    return next(texts(loaded, None, 80, np.random.default_rng(0))[1])
+
+
+@pytest.fixture(scope="module")
+def rows(loaded: Any, text: Tensor) -> list[Rows]:
+    return rows_of(loaded, text, np.random.default_rng(3))
 
 
 def start(loaded: Any, hidden: int = 8) -> FeatureMaps:
@@ -52,6 +57,20 @@ def test_rows_know_what_they_saw_and_see(rows: list[Rows], loaded: Any) -> None:
         assert bool((at >= 40).all())
         assert bool(layer.kept.gather(-1, at.expand(len(layer.keys), -1)[..., None]).all())  # a row's own token
         assert len(layer.kept.sum(-1).unique()) == 1
+
+
+def test_rows_keep_what_received_most_from_the_rows_before(rows: list[Rows], loaded: Any, text: Tensor) -> None:
+    dense = Dense(loaded)
+    dense.step(text.tolist())
+    for number, layer in enumerate(rows):
+        weights = dense.weights[number].unflatten(0, (len(layer.keys), -1)).sum(1)  # [H, T, T]
+        for head, w in np.ndindex(layer.kept.shape[:2]):
+            row = int(layer.logits[0, w].isfinite().sum()) - 1
+            capacity = int(layer.kept[head, w].sum()) - 1
+            recent = max(1, capacity // 2)
+            mass = weights[head, :row, : row - recent].sum(0)
+            heavy = mass.argsort(descending=True)[: capacity - recent].tolist()
+            assert layer.kept[head, w].nonzero().flatten().tolist() == sorted([*heavy, *range(row - recent, row + 1)])
 
 
 def test_rows_answer_as_the_engines_residual_does(rows: list[Rows], loaded: Any) -> None:

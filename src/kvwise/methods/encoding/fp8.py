@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvwise.core.method import Trait
 from kvwise.kernels.packed import Float8, PageFormat
 from kvwise.methods.encoding.base import EncodingShape
 from kvwise.methods.encoding.packing import Packing
@@ -26,6 +27,7 @@ class FP8(Packing):
     name: ClassVar[str] = "fp8"
     idea: ClassVar[str] = "store KV as 8-bit floats (e4m3), with one scale per head and group of tokens"
     paper: ClassVar[str] = "FP8 Formats for Deep Learning, arXiv 2209.05433"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.PACKS})
 
     def __post_init__(self) -> None:
         super().__post_init__()

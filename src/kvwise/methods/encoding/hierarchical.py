@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvwise.core.method import Trait
 from kvwise.kernels.packed import Codes, PageFormat
 from kvwise.methods.encoding.base import EncodingShape
 from kvwise.methods.encoding.packing import Packing
@@ -32,6 +33,7 @@ class Hierarchical(Packing):
     name: ClassVar[str] = "hierarchical"
     idea: ClassVar[str] = "store KV as 4 upper and 4 lower bits, one copy for a draft and a target, new tokens in full"
     paper: ClassVar[str] = "QuantSpec, arXiv 2502.10424"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.PACKS})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvwise.core.method import Trait
 from kvwise.methods.encoding.integers import Integers
 
 
@@ -23,3 +24,4 @@ class Int4(Integers):
     name: ClassVar[str] = "int4"
     idea: ClassVar[str] = "store KV as 4-bit integers, keys per channel and values per token"
     paper: ClassVar[str] = "axes of KIVI, arXiv 2402.02750"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.PACKS})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from kvwise.core.method import Trait
 from kvwise.methods.encoding.integers import Integers
 
 
@@ -23,3 +24,4 @@ class Int8(Integers):
     name: ClassVar[str] = "int8"
     idea: ClassVar[str] = "store KV as 8-bit integers, keys per channel and values per token"
     paper: ClassVar[str] = "axes of KIVI, arXiv 2402.02750"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.PACKS})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from kvwise.core.method import Trait
 from kvwise.kernels.packed import Codes, PageFormat
 from kvwise.methods.encoding.base import EncodingShape
 from kvwise.methods.encoding.packing import Packing
@@ -36,6 +37,7 @@ class KIVI(Packing):
     name: ClassVar[str] = "kivi"
     idea: ClassVar[str] = "store KV in 2 bits, keys per channel and values per token, the newest tokens in full"
     paper: ClassVar[str] = "KIVI, arXiv 2402.02750"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.PACKS})
     page_granular: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvwise.core.errors import StrategyError
+from kvwise.core.method import Trait
 from kvwise.methods.encoding.base import Encoding, EncodingShape
 
 _MAP = re.compile(r"\d+:\d+(-\d+:\d+)*")
@@ -31,6 +32,7 @@ class KVSharer(Encoding):
     name: ClassVar[str] = "kvsharer"
     idea: ClassVar[str] = "let some layers read the KV of an earlier, dissimilar one and store none"
     paper: ClassVar[str] = "KVSharer, arXiv 2410.18517"
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.SHARES_LAYERS})
 
     def __post_init__(self) -> None:
         self.require("map", not self.map or _MAP.fullmatch(self.map) is not None, "as in 3:1-5:2, reader:source")

@@ -38,7 +38,7 @@ class ThinK(Packing):
     name: ClassVar[str] = "think"
     idea: ClassVar[str] = "remove the key channels that the end of the prompt hardly uses, but not of the newest keys"
     paper: ClassVar[str] = "ThinK, arXiv 2407.21018"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_LAST_ROWS})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_LAST_ROWS, Trait.PACKS, Trait.PRUNES_CHANNELS})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,7 +36,9 @@ class Corm(Retention):
     name: ClassVar[str] = "corm"
     idea: ClassVar[str] = "keep the latest tokens and those that one of the latest rows finds important"
     paper: ClassVar[str] = "CORM, arXiv 2404.15949"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_LAST_ROWS, Trait.OWNS_PAGES, Trait.PRIVATE})
+    traits: ClassVar[frozenset[Trait]] = frozenset(
+        {Trait.NEEDS_LAST_ROWS, Trait.OWNS_PAGES, Trait.PRIVATE, Trait.RAGGED_HEADS}
+    )
     grows: ClassVar[bool] = True
     marks_rows: ClassVar[bool] = True
     sweep_interval: ClassVar[int | None] = 16
@@ -77,6 +79,6 @@ class Corm(Retention):
 
 def _last_marking_row(rows: Tensor, num_prompt: int) -> Tensor:
     """The position of the last of the rows [H, G, W, T] that marked each token, 0 where none did: float32 [H, T]."""
-    positions = torch.arange(num_prompt - rows.shape[2], num_prompt, device=rows.device)[:, None]
+    positions = torch.arange(num_prompt - rows.shape[2], num_prompt, dtype=torch.float32, device=rows.device)[:, None]
     is_marked = rows.mean(1) >= 1 / (positions + 1)
-    return (is_marked * positions).amax(1).float()
+    return (is_marked * positions).amax(1)

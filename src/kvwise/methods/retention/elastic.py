@@ -44,7 +44,9 @@ class Elastic(Retention):
     name: ClassVar[str] = "elastic"
     idea: ClassVar[str] = "keep what received most attention and merge each other token into the nearest kept one"
     paper: ClassVar[str] = "Elastic Cache, arXiv 2407.18121"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_EVERY_ROW, Trait.OWNS_PAGES, Trait.PRIVATE})
+    traits: ClassVar[frozenset[Trait]] = frozenset(
+        {Trait.NEEDS_EVERY_ROW, Trait.OWNS_PAGES, Trait.PRIVATE, Trait.LIVES_ON}
+    )
     needs_mass: ClassVar[bool] = True
     tracks_mass: ClassVar[bool] = False
     merges: ClassVar[bool] = True

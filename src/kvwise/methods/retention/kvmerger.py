@@ -42,7 +42,9 @@ class KVMerger(Retention):
     name: ClassVar[str] = "kvmerger"
     idea: ClassVar[str] = "merge runs of similar keys into one token each, and keep all that is generated"
     paper: ClassVar[str] = "KVMerger, arXiv 2407.08454"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_EVERY_ROW, Trait.OWNS_PAGES, Trait.PRIVATE})
+    traits: ClassVar[frozenset[Trait]] = frozenset(
+        {Trait.NEEDS_EVERY_ROW, Trait.OWNS_PAGES, Trait.PRIVATE, Trait.LIVES_ON, Trait.RAGGED_HEADS}
+    )
     needs_mass: ClassVar[bool] = True
     tracks_mass: ClassVar[bool] = False
     grows: ClassVar[bool] = True

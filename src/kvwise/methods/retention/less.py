@@ -39,7 +39,9 @@ class Less(Retention):
     name: ClassVar[str] = "less"
     idea: ClassVar[str] = "as h2o, and fold what leaves into a small trained state that is still attended to"
     paper: ClassVar[str] = "LESS, arXiv 2402.09398"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_EVERY_ROW, Trait.OWNS_PAGES, Trait.PRIVATE})
+    traits: ClassVar[frozenset[Trait]] = frozenset(
+        {Trait.NEEDS_EVERY_ROW, Trait.OWNS_PAGES, Trait.PRIVATE, Trait.LIVES_ON, Trait.FOLDS}
+    )
     needs_mass: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

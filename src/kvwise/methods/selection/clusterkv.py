@@ -49,7 +49,7 @@ class ClusterKV(Selection):
     name: ClassVar[str] = "clusterkv"
     idea: ClassVar[str] = "keep all KV in host memory and fetch the clusters of keys that a query points at"
     paper: ClassVar[str] = "ClusterKV, arXiv 2412.03213"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.RECALLS})
     num_full_layers: ClassVar[int] = 2
     looks_ahead: ClassVar[bool] = False
     grows: ClassVar[bool] = True

@@ -39,7 +39,7 @@ class InfiniGen(Selection):
     name: ClassVar[str] = "infinigen"
     idea: ClassVar[str] = "keep all KV in host memory and fetch what the next layer is guessed to need"
     paper: ClassVar[str] = "InfiniGen, arXiv 2406.19707"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.RECALLS})
     num_full_layers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class Quest(Selection):
     name: ClassVar[str] = "quest"
     idea: ClassVar[str] = "keep all KV in host memory and fetch the pages whose bounds promise the highest scores"
     paper: ClassVar[str] = "Quest, arXiv 2406.10774"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.RECALLS})
     num_full_layers: ClassVar[int] = 2
     looks_ahead: ClassVar[bool] = False
 

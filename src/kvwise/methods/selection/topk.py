@@ -33,7 +33,7 @@ class TopK(Selection):
     name: ClassVar[str] = "topk"
     idea: ClassVar[str] = "keep all KV in host memory and fetch exactly what each query attends to most"
     paper: ClassVar[str] = "- (control)"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.RECALLS})
     looks_ahead: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
