@@ -62,6 +62,7 @@ struct SealTask {
     Storage storage;  // of the rows
     int64_t row_bytes;
     const int64_t* slots;
+    const int64_t* next_slots;  // of the page after this one, to be fetched meanwhile; null: none
     const int64_t* channels;  // of a plain part: which it keeps; null: all
     char* target;             // first byte of the part
 };

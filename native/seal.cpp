@@ -10,6 +10,8 @@
 namespace kvwise {
 namespace {
 
+constexpr int64_t kPagesPerRun = 16;  // pages in a row fetch each other's rows
+
 void check_all(const char* what, const int64_t* numbers, int64_t n, int64_t limit) {
     for (int64_t i = 0; i < n; ++i) {
         if (numbers[i] < 0 || numbers[i] >= limit) {
@@ -37,12 +39,17 @@ void seal_pages(const InstructionSet& set, const OpenRows& rows, const int64_t* 
     check_all("slot", slots, n * packed.page_tokens, rows.num_slots);
     check_all("packed page", pages, n, packed.num_pages);
     if (channels) check_all("channel", channels, n * part.dim, rows.dim);
-    parallel_for(n, num_threads, [&](int64_t i, int) {
-        SealTask task = task_of(rows, packed, part);
-        task.slots = slots + i * packed.page_tokens;
-        task.channels = channels ? channels + i * part.dim : nullptr;
-        task.target = packed.page(pages[i]) + part.first;
-        set.seal(task);
+    const int64_t run = std::clamp<int64_t>(n / (4 * num_threads), 1, kPagesPerRun);
+    parallel_for((n + run - 1) / run, num_threads, [&](int64_t item, int) {
+        const int64_t end = std::min(n, (item + 1) * run);
+        for (int64_t i = item * run; i < end; ++i) {
+            SealTask task = task_of(rows, packed, part);
+            task.slots = slots + i * packed.page_tokens;
+            task.next_slots = i + 1 < end ? task.slots + packed.page_tokens : nullptr;
+            task.channels = channels ? channels + i * part.dim : nullptr;
+            task.target = packed.page(pages[i]) + part.first;
+            set.seal(task);
+        }
     });
 }
 

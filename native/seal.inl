@@ -6,330 +6,438 @@ namespace {
 constexpr float kLargestHalf = 65504.0f;
 constexpr float kLargestFloat8 = 448.0f;
 constexpr int kMaxSealDim = kMaxPackedDim + kCodeUnit;
+constexpr int kUnitVectors = kCodeUnit / Vec::kLanes;
+constexpr int64_t kSealAhead = 8;  // rows lie anywhere: ask for them early
 
 inline const char* row_at(const SealTask& task, int64_t i) {
     return task.rows + task.slots[i] * task.row_bytes;
 }
 
-// Row i as float32, `dim` numbers and zeros to whole units.
-inline void load_row(const SealTask& task, int64_t i, int32_t dim, float* out) {
-    const char* row = row_at(task, i);
-    with_storage(task.storage, [&](auto storage) {
-        using S = decltype(storage);
-        const auto* at = reinterpret_cast<const typename S::Bits*>(row);
-        int32_t d = 0;
-        for (; d + Vec::kLanes <= dim; d += Vec::kLanes) store(out + d, load_as_float(S{}, at + d));
-        if (d < dim) store(out + d, load_tail(S{}, at + d, dim - d)), d += Vec::kLanes;
-        for (; d % kCodeUnit; d += Vec::kLanes) store(out + d, zero());
-    });
+// Asks for `bytes` of row i from `first` on; rows behind the page's last are the next page's. (Always inlined: GCC takes
+// a function that only prefetches for one without effect, and drops its calls.)
+__attribute__((always_inline)) inline void fetch_row(const SealTask& task, int64_t i, int64_t first, int64_t bytes) {
+    const int64_t* slots = i < task.page_tokens ? task.slots : task.next_slots;
+    if (!slots) return;
+    const char* row = task.rows + slots[i < task.page_tokens ? i : i - task.page_tokens] * task.row_bytes + first;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
-// Step, zero and the inverse of the step of a group with these extremes; step and zero are float16 from here on.
-struct Affine {
-    uint16_t step_bits, zero_bits;
-    float step, zero, inverse;
-};
-
-inline uint16_t to_half(float x) {
-    uint16_t narrowed[Vec::kLanes];
-    store_as(Float16{}, narrowed, broadcast(x));
-    return narrowed[0];
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits;
 }
 
-inline Affine affine_of(float low, float high, int32_t levels) {
-    Affine a;
-    float step = (high - low) / float(levels);
-    step = step < kLargestHalf ? step : kLargestHalf;
-    low = low < -kLargestHalf ? -kLargestHalf : low > kLargestHalf ? kLargestHalf : low;
-    a.step_bits = to_half(step);
-    a.zero_bits = to_half(low);
-    a.step = half_to_float(a.step_bits);
-    a.zero = half_to_float(a.zero_bits);
-    a.inverse = a.step == 0.0f ? 0.0f : 1.0f / a.step;
-    return a;
+// Numbers [d, d + kLanes) of a row of `dim`; zeros behind its end.
+template <class S>
+inline Vec load_from(const char* row, int32_t d, int32_t dim) {
+    const auto* at = reinterpret_cast<const typename S::Bits*>(row) + d;
+    if (d + Vec::kLanes <= dim) return load_as_float(S{}, at);
+    return d < dim ? load_tail(S{}, at, dim - d) : zero();
 }
 
-// The nearest whole number of one between 0 and 255, ties to even, by pushing the fraction out of the mantissa.
-inline Vec nearest(Vec x) {
-    const Vec magic = broadcast(12582912.0f);
-    return (x + magic) - magic;
+// The same where the caller knows whether they are all there.
+template <class S, bool Full>
+inline Vec load_part(const char* row, int32_t d, int32_t dim) {
+    if constexpr (Full) return load_as_float(S{}, reinterpret_cast<const typename S::Bits*>(row) + d);
+    return load_from<S>(row, d, dim);
 }
 
 inline Vec clamped(Vec x, float low, float high) {
     return smaller(larger(x, broadcast(low)), broadcast(high));
 }
 
-// Codes of 32 numbers as bytes, four to a word, of the upper plane of split codes and of the lower one; others have
-// only the first.
-struct UnitCodes {
-    uint32_t upper[kCodeUnit / 4];
-    uint32_t lower[kCodeUnit / 4];
+// Steps, zeros and inverses of the steps of kLanes groups with these extremes; steps and zeros are float16 from here on.
+struct Affine {
+    Vec step, zero, inverse;
 };
 
-inline void store_bytes(uint32_t* quads, Vec whole) {
-    float numbers[Vec::kLanes];
-    store(numbers, whole);
-    for (int i = 0; i < Vec::kLanes; i += 4) {
-        uint32_t quad = 0;
-        for (int j = 0; j < 4; ++j) quad |= uint32_t(int32_t(numbers[i + j])) << (8 * j);
-        quads[i / 4] = quad;
-    }
+inline Affine affine_of(Vec low, Vec high, int32_t levels, uint16_t* steps, uint16_t* zeros) {
+    const Vec step = smaller((high - low) / broadcast(float(levels)), broadcast(kLargestHalf));
+    store_as(Float16{}, steps, step);
+    store_as(Float16{}, zeros, clamped(low, -kLargestHalf, kLargestHalf));
+    const Vec rounded = load_as_float(Float16{}, steps);
+    const Vec inverse = select(equal(rounded, zero()), zero(), broadcast(1.0f) / rounded);
+    return {rounded, load_as_float(Float16{}, zeros), inverse};
 }
 
-inline void round_unit(const PackedPart& part, const float* x, const float* step, const float* zero,
-                       const float* inverse, UnitCodes& codes) {
-    const float levels = float(part.levels);
-    for (int i = 0; i < kCodeUnit; i += Vec::kLanes) {
-        const Vec value = load(x + i), factor = load(inverse + i);
-        const Vec upper = nearest(clamped((value - load(zero + i)) * factor, 0.0f, levels));
-        store_bytes(codes.upper + i / 4, upper);
-        if (!part.split) continue;
-        const Vec rest = (value - (upper * load(step + i) + load(zero + i))) * factor * broadcast(16.0f);
-        store_bytes(codes.lower + i / 4, nearest(clamped(rest, -8.0f, 7.0f)) + broadcast(8.0f));
-    }
+// The nearest whole number of one between 0 and 255, ties to even, lies in the lowest byte of its sum with 1.5 * 2**23:
+// the sum has no bits left for a fraction.
+constexpr float kWhole = 12582912.0f;
+
+// The code in the lowest byte of each lane.
+inline Vec round_code(Vec value, const Affine& affine, Vec levels) {
+    return smaller(larger((value - affine.zero) * affine.inverse, zero()), levels) + broadcast(kWhole);
 }
 
-// Words of one lane for one unit of every plane. Of 8 quads with one code a byte, plane p keeps `bits` from `shift` on.
-inline void write_words(const PackedPart& part, const UnitCodes& codes, int64_t unit, int32_t lane, char* data) {
-    int32_t shift = part.split ? 0 : part.bits;
-    for (int32_t p = 0; p < part.num_planes; ++p) {
-        const int32_t bits = part.planes[p], per_byte = 8 / bits;
-        const uint32_t* quads = part.split && p == 1 ? codes.lower : codes.upper;
-        if (!part.split) shift -= bits;
-        const uint32_t mask = 0x01010101u * ((1u << bits) - 1);
-        char* at = data + (unit * bits * part.padded_lanes + lane) * 4;
-        for (int32_t w = 0; w < bits; ++w, at += int64_t(part.padded_lanes) * 4) {
-            uint32_t word = 0;
-            for (int32_t s = 0; s < per_byte; ++s) word |= ((quads[w * per_byte + s] >> shift) & mask) << (s * bits);
-            std::memcpy(at, &word, sizeof(word));
-        }
-        data += part.plane_bytes(p);
-    }
+// The lower code, plus 8, of what such an upper one leaves.
+inline Vec round_rest(Vec value, const Affine& affine, Vec upper) {
+    const Vec rest = value - ((upper - broadcast(kWhole)) * affine.step + affine.zero);
+    const Vec sixteenths = clamped(rest * affine.inverse * broadcast(16.0f), -8.0f, 7.0f);
+    return (sixteenths + broadcast(kWhole)) + broadcast(8.0f);
 }
 
 inline uint16_t* steps_at(const PackedPart& part, char* data, int32_t group) {
     return reinterpret_cast<uint16_t*>(data + part.steps) + int64_t(group) * 2 * part.padded_inner;
 }
 
-// Steps and zeros of one group of tokens, channel by channel, from the extremes of its rows.
-struct GroupSteps {
-    float step[kMaxSealDim], zero[kMaxSealDim], inverse[kMaxSealDim];
-};
-
-void seal_channel_groups(const SealTask& task) {
-    const PackedPart& part = *task.part;
-    float low[kMaxSealDim], high[kMaxSealDim], row[kMaxSealDim];
-    GroupSteps steps;
-    for (int32_t group = 0; group < part.num_groups(); ++group) {
-        const int64_t first = int64_t(group) * part.group;
-        for (int32_t i = 0; i < part.group; ++i) {
-            load_row(task, first + i, part.dim, row);
-            for (int32_t d = 0; d < part.padded_inner; d += Vec::kLanes) {
-                const Vec x = load(row + d);
-                store(low + d, i ? smaller(load(low + d), x) : x);
-                store(high + d, i ? larger(load(high + d), x) : x);
-            }
-        }
-        uint16_t* halves = steps_at(part, task.target, group);
-        for (int32_t d = 0; d < part.padded_inner; ++d) {
-            const Affine a = affine_of(low[d], high[d], part.levels);
-            halves[d] = a.step_bits;
-            halves[part.padded_inner + d] = a.zero_bits;
-            steps.step[d] = a.step;
-            steps.zero[d] = a.zero;
-            steps.inverse[d] = a.inverse;
-        }
-        for (int32_t i = 0; i < part.group; ++i) {
-            load_row(task, first + i, part.dim, row);
-            for (int32_t d = 0; d < part.padded_inner; d += kCodeUnit) {
-                UnitCodes codes;
-                round_unit(part, row + d, steps.step + d, steps.zero + d, steps.inverse + d, codes);
-                write_words(part, codes, d / kCodeUnit, int32_t(first) + i, task.target);
-            }
-        }
-    }
-    // Lanes behind the last are zeros.
-    const UnitCodes none{};
-    for (int32_t lane = part.lanes; lane < part.padded_lanes; ++lane) {
-        for (int32_t d = 0; d < part.padded_inner; d += kCodeUnit)
-            write_words(part, none, d / kCodeUnit, lane, task.target);
-    }
-}
-
-// Puts code `upper` (and `lower` of split codes) of inner number `at` of lanes [0, n) in place; the others in the same
-// bytes stay.
-inline void set_codes(const PackedPart& part, const float* upper, const float* lower, int32_t n, int32_t at,
-                      char* data) {
-    const int32_t unit = at / kCodeUnit, quad = at % kCodeUnit / 4;
+// Calls write(plane, shift, codes, data) for each plane: which codes it cuts bits out of, from which bit on.
+template <class Codes, class Write>
+inline void for_planes(const PackedPart& part, Codes* upper, Codes* lower, char* data, Write write) {
     int32_t shift = part.split ? 0 : part.bits;
     for (int32_t p = 0; p < part.num_planes; ++p) {
-        const int32_t bits = part.planes[p], per_byte = 8 / bits, mask = (1 << bits) - 1;
-        const int32_t place = quad % per_byte * bits;
-        const float* codes = part.split && p == 1 ? lower : upper;
-        if (!part.split) shift -= bits;
-        const int64_t word = int64_t(unit) * bits + quad / per_byte;
-        char* bytes = data + word * part.padded_lanes * 4 + at % 4;
-        for (int32_t i = 0; i < n; ++i) {
-            const int32_t code = (int32_t(codes[i]) >> shift) & mask;
-            bytes[4 * i] = char((bytes[4 * i] & ~(mask << place)) | code << place);
-        }
+        if (!part.split) shift -= part.planes[p];
+        write(part.planes[p], shift, part.split && p == 1 ? lower : upper, data);
         data += part.plane_bytes(p);
     }
 }
 
-inline float lowest_of(const float* x, int32_t n, float sign) {
-    float lowest = sign * x[0];
-    for (int32_t i = 1; i < n; ++i) lowest = sign * x[i] < lowest ? sign * x[i] : lowest;
-    return lowest;
+// Words of a plane of B bits for 32 numbers of one lane, whose codes are bytes: `step` bytes from word to word. `Whole`:
+// the plane takes all bits of the codes.
+template <int B, bool Whole>
+inline void write_words(const uint8_t* codes, int32_t shift, int64_t step, char* at) {
+    constexpr uint64_t mask = 0x0101010101010101u * ((1u << B) - 1);
+    for (int w = 0; w < B; ++w, at += step) {
+        uint32_t word = 0;
+        for (int s = 0; s < 8 / B; s += 2) {  // two quads at once
+            uint64_t quads = 0;
+            std::memcpy(&quads, codes + (w * (8 / B) + s) * 4, B == 8 ? 4 : 8);
+            if (!Whole) quads = (quads >> shift) & mask;
+            word |= uint32_t(B == 8 ? quads : quads | quads >> (32 - B)) << (s * B);
+        }
+        std::memcpy(at, &word, sizeof(word));
+    }
 }
 
-// Codes of one token's channels, with its own steps.
-void token_codes(const SealTask& task, int64_t token, float* upper, float* lower) {
+constexpr int kSealTokens = 64;  // codes held at once
+using LaneCodes = uint8_t[kSealTokens][kCodeUnit];
+
+template <int B, bool Whole>
+void write_lanes(const LaneCodes& codes, int32_t n, int32_t shift, int64_t step, char* at) {
+    for (int32_t i = 0; i < n; ++i) write_words<B, Whole>(codes[i], shift, step, at + 4 * i);
+}
+
+// Codes of 32 inner numbers of lanes [lane, lane + n).
+inline void write_unit(const PackedPart& part, const LaneCodes& upper, const LaneCodes& lower, int32_t n, int64_t unit,
+                       int64_t lane, char* data) {
+    const int64_t step = int64_t(part.padded_lanes) * 4;
+    const bool whole = part.split || part.num_planes == 1;
+    for_planes(part, &upper, &lower, data, [&](int32_t bits, int32_t shift, const LaneCodes* codes, char* plane) {
+        char* at = plane + unit * bits * step + lane * 4;
+        if (bits == 8) return write_lanes<8, true>(*codes, n, 0, step, at);
+        if (whole && bits == 4) return write_lanes<4, true>(*codes, n, 0, step, at);
+        if (whole && bits == 2) return write_lanes<2, true>(*codes, n, 0, step, at);
+        if (whole && bits == 1) return write_lanes<1, true>(*codes, n, 0, step, at);
+        if (bits == 4) return write_lanes<4, false>(*codes, n, shift, step, at);
+        if (bits == 2) return write_lanes<2, false>(*codes, n, shift, step, at);
+        if (bits == 1) return write_lanes<1, false>(*codes, n, shift, step, at);
+    });
+}
+
+// 32 channels of one group of tokens: their steps, then the codes. `Full`: the head has all 32.
+template <class S, bool Split, bool Full>
+void seal_unit_of_tokens(const SealTask& task, int32_t group, int32_t d) {
     const PackedPart& part = *task.part;
-    float row[kMaxSealDim];
-    load_row(task, token, part.dim, row);
+    const int64_t first = int64_t(group) * part.group, end = first + part.group, row_bytes = task.row_bytes;
+    const int32_t dim = part.dim;
+    const char* rows = task.rows;
+    const int64_t* slots = task.slots;
+    const auto at = [&](int64_t i, int v) {
+        const char* row = rows + slots[i] * row_bytes;
+        return load_part<S, Full>(row, d + v * Vec::kLanes, dim);
+    };
+    Vec low[kUnitVectors], high[kUnitVectors];
+    for (int v = 0; v < kUnitVectors; ++v) low[v] = high[v] = at(first, v);
+    for (int64_t i = first + 1; i < end; ++i) {
+        for (int v = 0; v < kUnitVectors; ++v) {
+            const Vec x = at(i, v);
+            low[v] = smaller(low[v], x);
+            high[v] = larger(high[v], x);
+        }
+    }
+    uint16_t* steps = steps_at(part, task.target, group) + d;
+    Affine affine[kUnitVectors];
+    for (int v = 0; v < kUnitVectors; ++v) {
+        affine[v] = affine_of(low[v], high[v], part.levels, steps + v * Vec::kLanes,
+                              steps + part.padded_inner + v * Vec::kLanes);
+    }
+    const Vec levels = broadcast(float(part.levels));
+    constexpr int64_t size = sizeof(typename S::Bits);
+    LaneCodes upper, lower;
+    for (int64_t from = first; from < end; from += kSealTokens) {
+        const int32_t n = int32_t(end - from < kSealTokens ? end - from : kSealTokens);
+        for (int32_t i = 0; i < n; ++i) {
+            fetch_row(task, from + i + task.page_tokens, d * size, kCodeUnit * size);
+            for (int v = 0; v < kUnitVectors; ++v) {
+                const Vec x = at(from + i, v), code = round_code(x, affine[v], levels);
+                store_low_bytes(upper[i] + v * Vec::kLanes, code);
+                if (Split) store_low_bytes(lower[i] + v * Vec::kLanes, round_rest(x, affine[v], code));
+            }
+        }
+        write_unit(part, upper, lower, n, d / kCodeUnit, from, task.target);
+    }
+}
+
+template <class S, bool Split>
+void seal_channel_groups(const SealTask& task) {
+    const PackedPart& part = *task.part;
     for (int32_t group = 0; group < part.num_groups(); ++group) {
-        const int32_t first = group * part.group;
-        const Affine a =
-            affine_of(lowest_of(row + first, part.group, 1.0f), -lowest_of(row + first, part.group, -1.0f), part.levels);
-        uint16_t* halves = steps_at(part, task.target, group) + token;
-        halves[0] = a.step_bits;
-        halves[part.padded_inner] = a.zero_bits;
-        for (int32_t i = 0; i < part.group; i += Vec::kLanes) {
-            // Whole vectors may run over the group's end; the next group overwrites what is its own.
-            const Vec value = load(row + first + i), factor = broadcast(a.inverse);
-            const Vec code = nearest(clamped((value - broadcast(a.zero)) * factor, 0.0f, float(part.levels)));
-            store(upper + first + i, code);
-            if (!part.split) continue;
-            const Vec rest = (value - (code * broadcast(a.step) + broadcast(a.zero))) * factor * broadcast(16.0f);
-            store(lower + first + i, nearest(clamped(rest, -8.0f, 7.0f)) + broadcast(8.0f));
+        for (int32_t d = 0; d < part.padded_inner; d += kCodeUnit) {
+            d + kCodeUnit <= part.dim ? seal_unit_of_tokens<S, Split, true>(task, group, d)
+                                      : seal_unit_of_tokens<S, Split, false>(task, group, d);
         }
+    }
+    const LaneCodes none = {};
+    for (int32_t d = 0; part.lanes < part.padded_lanes && d < part.padded_inner; d += kCodeUnit)
+        write_unit(part, none, none, part.padded_lanes - part.lanes, d / kCodeUnit, part.lanes, task.target);
+}
+
+// Least and greatest of numbers [from, from + n) of a row.
+template <class S>
+inline void extremes(const char* row, int32_t from, int32_t n, float* low, float* high) {
+    if (n % Vec::kLanes == 0) {
+        Vec least = load_part<S, true>(row, from, 0), most = least;
+        for (int32_t d = Vec::kLanes; d < n; d += Vec::kLanes) {
+            const Vec x = load_part<S, true>(row, from + d, 0);
+            least = smaller(least, x);
+            most = larger(most, x);
+        }
+        *low = -reduce_max(zero() - least);
+        *high = reduce_max(most);
+        return;
+    }
+    for (int32_t d = 0; d < n; ++d) {
+        float x[Vec::kLanes];
+        store(x, load_from<S>(row, from + d, from + d + 1));
+        *low = d && *low < x[0] ? *low : x[0];
+        *high = d && *high > x[0] ? *high : x[0];
     }
 }
 
-void seal_token_row(const SealTask& task, int64_t token) {
+// Words of a plane of B bits for 32 tokens of kLanes channels, of which `n` are written: `step` bytes from word to word.
+template <int B, bool Whole>
+inline void write_tokens(const uint32_t (*codes)[Vec::kLanes], int32_t shift, int32_t n, int64_t step, char* at) {
+    constexpr uint32_t mask = (1u << B) - 1;
+    for (int w = 0; w < B; ++w, at += step) {
+        uint32_t words[Vec::kLanes] = {};
+        for (int k = 0; k < 32 / B; ++k) {
+            const uint32_t* code = codes[w * (32 / B) + k];
+            const int place = 8 * (k % 4) + k / 4 * B;
+            for (int i = 0; i < Vec::kLanes; ++i) words[i] |= ((Whole ? code[i] : code[i] >> shift) & mask) << place;
+        }
+        std::memcpy(at, words, n * sizeof(uint32_t));
+    }
+}
+
+// Steps and zeros of 32 tokens for one group of channels.
+struct TokenSteps {
+    float step[kCodeUnit], zero[kCodeUnit], inverse[kCodeUnit];
+
+    Affine of(int32_t i) const { return {broadcast(step[i]), broadcast(zero[i]), broadcast(inverse[i])}; }
+};
+
+// Of tokens [at, at + n); those behind get zeros.
+template <class S>
+void steps_of_tokens(const SealTask& task, int32_t group, int32_t at, int32_t n, TokenSteps& steps) {
     const PackedPart& part = *task.part;
-    float upper[kMaxSealDim], lower[kMaxSealDim];
-    token_codes(task, token, upper, lower);
-    set_codes(part, upper, lower, part.lanes, int32_t(token), task.target);
-}
-
-// The 32 / bits tokens of one word of a plane, for all lanes: words[i] of lane i.
-inline void gather_word(const float* const* codes, int32_t bits, int32_t shift, int32_t lanes, uint32_t* words) {
-    const int32_t mask = (1 << bits) - 1;
-    for (int32_t i = 0; i < lanes; ++i) words[i] = 0;
-    for (int32_t s = 0; s < 8 / bits; ++s) {
-        for (int32_t j = 0; j < 4; ++j) {
-            const float* code = codes[4 * s + j];
-            const int32_t place = 8 * j + s * bits;
-            for (int32_t i = 0; i < lanes; ++i)
-                words[i] |= uint32_t((int32_t(code[i]) >> shift) & mask) << place;
-        }
+    float low[kCodeUnit] = {}, high[kCodeUnit] = {};
+    for (int32_t i = 0; i < n; ++i) {
+        extremes<S>(row_at(task, at + i), group * part.group, part.group, low + i, high + i);
+    }
+    uint16_t* halves = steps_at(part, task.target, group) + at;
+    for (int32_t i = 0; i < kCodeUnit; i += Vec::kLanes) {
+        const Affine a = affine_of(load(low + i), load(high + i), part.levels, halves + i, halves + part.padded_inner + i);
+        store(steps.step + i, a.step);
+        store(steps.zero + i, a.zero);
+        store(steps.inverse + i, a.inverse);
     }
 }
 
+inline void store_codes(uint32_t* codes, Vec code) {
+    std::memcpy(codes, &code.v, sizeof(code.v));
+}
+
+// Codes of 32 tokens of kLanes channels, each in the lowest byte.
+using TokenCodes = uint32_t[kCodeUnit][Vec::kLanes];
+
+// Of tokens [at, at + n) and channels from d on; codes of tokens behind are zeros already.
+template <class S, bool Split, bool Full>
+void round_tokens(const SealTask& task, const TokenSteps& steps, int32_t at, int32_t n, int32_t d, TokenCodes& upper,
+                  TokenCodes& lower) {
+    constexpr int64_t size = sizeof(typename S::Bits);
+    const Vec levels = broadcast(float(task.part->levels));
+    const int64_t row_bytes = task.row_bytes;
+    const int64_t* slots = task.slots + at;
+    const char* rows = task.rows;
+    const int32_t dim = task.part->dim;
+    const bool line = d * size % 64 == 0;
+    for (int32_t i = 0; i < n; ++i) {
+        if (line) fetch_row(task, at + i + task.page_tokens, d * size, Vec::kLanes * size);
+        const Vec x = load_part<S, Full>(rows + slots[i] * row_bytes, d, dim), code = round_code(x, steps.of(i), levels);
+        store_codes(upper[i], code);
+        if (Split) store_codes(lower[i], round_rest(x, steps.of(i), code));
+    }
+}
+
+// Words of tokens [32 * unit, + 32) and of `lanes` channels from d on.
+inline void write_tokens_of(const PackedPart& part, const TokenCodes& upper, const TokenCodes& lower, int32_t lanes,
+                            int64_t unit, int32_t d, char* data) {
+    const int64_t step = int64_t(part.padded_lanes) * 4;
+    const bool whole = part.split || part.num_planes == 1;
+    for_planes(part, &upper, &lower, data, [&](int32_t bits, int32_t shift, const TokenCodes* codes, char* plane) {
+        char* to = plane + unit * bits * step + d * 4;
+        if (bits == 8) return write_tokens<8, true>(*codes, 0, lanes, step, to);
+        if (whole && bits == 4) return write_tokens<4, true>(*codes, 0, lanes, step, to);
+        if (whole && bits == 2) return write_tokens<2, true>(*codes, 0, lanes, step, to);
+        if (whole && bits == 1) return write_tokens<1, true>(*codes, 0, lanes, step, to);
+        if (bits == 4) return write_tokens<4, false>(*codes, shift, lanes, step, to);
+        if (bits == 2) return write_tokens<2, false>(*codes, shift, lanes, step, to);
+        if (bits == 1) return write_tokens<1, false>(*codes, shift, lanes, step, to);
+    });
+}
+
+template <class S, bool Split>
 void seal_token_groups(const SealTask& task) {
     const PackedPart& part = *task.part;
-    float upper[kCodeUnit][kMaxSealDim], lower[kCodeUnit][kMaxSealDim];
-    const float* uppers[kCodeUnit];
-    const float* lowers[kCodeUnit];
+    TokenCodes upper = {}, lower = {};
     for (int32_t at = 0; at < part.padded_inner; at += kCodeUnit) {
-        for (int32_t i = 0; i < kCodeUnit; ++i) {
-            uppers[i] = upper[i];
-            lowers[i] = lower[i];
-            if (at + i < part.inner) {
-                token_codes(task, at + i, upper[i], lower[i]);
-            } else {
-                std::memset(upper[i], 0, sizeof(upper[i]));
-                std::memset(lower[i], 0, sizeof(lower[i]));
-                for (int32_t g = 0; g < part.num_groups(); ++g) {
-                    steps_at(part, task.target, g)[at + i] = 0;
-                    steps_at(part, task.target, g)[part.padded_inner + at + i] = 0;
-                }
-            }
-            for (int32_t d = part.lanes; d < part.padded_lanes; ++d) upper[i][d] = lower[i][d] = 0.0f;
+        const int32_t n = part.inner - at < kCodeUnit ? part.inner - at : kCodeUnit, unit = at / kCodeUnit;
+        for (int32_t i = n; i < kCodeUnit; ++i) {
+            store_codes(upper[i], zero());
+            store_codes(lower[i], zero());
         }
-        char* data = task.target;
-        int32_t shift = part.split ? 0 : part.bits;
-        for (int32_t p = 0; p < part.num_planes; ++p) {
-            const int32_t bits = part.planes[p];
-            if (!part.split) shift -= bits;
-            const float* const* codes = part.split && p == 1 ? lowers : uppers;
-            for (int32_t w = 0; w < bits; ++w) {
-                uint32_t words[kMaxSealDim];
-                gather_word(codes + w * (32 / bits), bits, shift, part.padded_lanes, words);
-                const int64_t word = int64_t(at / kCodeUnit) * bits + w;
-                std::memcpy(data + word * part.padded_lanes * 4, words, size_t(part.padded_lanes) * 4);
+        for (int32_t group = 0; group < part.num_groups(); ++group) {
+            TokenSteps steps;
+            steps_of_tokens<S>(task, group, at, n, steps);
+            const int32_t end = (group + 1) * part.group;
+            for (int32_t d = group * part.group; d < end; d += Vec::kLanes) {
+                d + Vec::kLanes <= part.dim ? round_tokens<S, Split, true>(task, steps, at, n, d, upper, lower)
+                                            : round_tokens<S, Split, false>(task, steps, at, n, d, upper, lower);
+                const int32_t lanes = end - d < Vec::kLanes ? end - d : Vec::kLanes;
+                write_tokens_of(part, upper, lower, lanes, unit, d, task.target);
             }
-            data += part.plane_bytes(p);
+        }
+    }
+    // Lanes behind the last channel are zeros.
+    const TokenCodes none = {};
+    for (int32_t d = part.lanes; d < part.padded_lanes; d += Vec::kLanes) {
+        const int32_t lanes = part.padded_lanes - d < Vec::kLanes ? part.padded_lanes - d : Vec::kLanes;
+        for (int32_t unit = 0; unit < part.padded_inner / kCodeUnit; ++unit)
+            write_tokens_of(part, none, none, lanes, unit, d, task.target);
+    }
+}
+
+// One token of values, among others that stay.
+template <class S>
+void seal_token_row(const SealTask& task, int64_t token) {
+    const PackedPart& part = *task.part;
+    const int32_t unit = int32_t(token) / kCodeUnit, quad = int32_t(token) % kCodeUnit / 4, byte = int32_t(token) % 4;
+    const char* row = row_at(task, token);
+    for (int32_t group = 0; group < part.num_groups(); ++group) {
+        float low, high;
+        extremes<S>(row, group * part.group, part.group, &low, &high);
+        uint16_t step[Vec::kLanes], zero_of[Vec::kLanes];
+        const Affine affine = affine_of(broadcast(low), broadcast(high), part.levels, step, zero_of);
+        uint16_t* halves = steps_at(part, task.target, group) + token;
+        halves[0] = step[0];
+        halves[part.padded_inner] = zero_of[0];
+        const int32_t end = (group + 1) * part.group;
+        for (int32_t d = group * part.group; d < end; d += Vec::kLanes) {
+            uint32_t upper[Vec::kLanes], lower[Vec::kLanes];
+            const Vec x = load_from<S>(row, d, part.dim), code = round_code(x, affine, broadcast(float(part.levels)));
+            store_codes(upper, code);
+            store_codes(lower, round_rest(x, affine, code));
+            const int32_t lanes = end - d < Vec::kLanes ? end - d : Vec::kLanes;
+            for_planes(part, upper, lower, task.target,
+                       [&](int32_t bits, int32_t shift, const uint32_t* codes, char* plane) {
+                           const int64_t word = int64_t(unit) * bits + quad / (8 / bits);
+                           char* at = plane + (word * part.padded_lanes + d) * 4;
+                           const uint32_t mask = (1u << bits) - 1, place = 8 * byte + quad % (8 / bits) * bits;
+                           uint32_t words[Vec::kLanes] = {};
+                           std::memcpy(words, at, lanes * sizeof(uint32_t));
+                           for (int i = 0; i < Vec::kLanes; ++i)
+                               words[i] = (words[i] & ~(mask << place)) | ((codes[i] >> shift) & mask) << place;
+                           std::memcpy(at, words, lanes * sizeof(uint32_t));
+                       });
         }
     }
 }
 
-// Nearest e4m3 number, ties to even; |x| is at most 448.
-inline uint8_t narrow_float8(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    const uint8_t sign = uint8_t(bits >> 24 & 0x80);
-    bits &= 0x7FFFFFFF;
-    if (bits < 0x3C800000) {  // below 2**-6: even steps of 2**-9
-        float small;
-        std::memcpy(&small, &bits, sizeof(bits));
-        small += 16384.0f;
-        std::memcpy(&bits, &small, sizeof(bits));
-        return sign | uint8_t(bits - 0x46800000);
+// Nearest e4m3 numbers, ties to even, of numbers up to 448 in size.
+inline void narrow_float8(const float* x, int32_t n, uint8_t* out) {
+    for (int32_t i = 0; i < n; ++i) {
+        const uint32_t bits = bits_of(x[i]), size = bits & 0x7FFFFFFF;
+        // Below 2**-6 steps are even, 2**-9: a sum with 2**14 has no bits for less.
+        const uint32_t small = bits_of((x[i] < 0.0f ? -x[i] : x[i]) + 16384.0f) - 0x46800000;
+        const uint32_t large = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3);
+        out[i] = uint8_t((size < 0x3C800000 ? small : large) | (bits >> 24 & 0x80));
     }
-    bits += 0x7FFFF + (bits >> 20 & 1);
-    return sign | uint8_t((bits >> 20) - (120 << 3));
 }
 
+template <class S>
 void seal_float8(const SealTask& task) {
     const int32_t dim = task.part->dim;
-    float row[kMaxSealDim], most = 0.0f;
+    Vec largest = zero();
     for (int64_t i = 0; i < task.page_tokens; ++i) {
-        load_row(task, i, dim, row);
-        for (int32_t d = 0; d < dim; ++d) {
-            const float size = row[d] < 0.0f ? -row[d] : row[d];
-            most = size > most ? size : most;
+        fetch_row(task, i + task.page_tokens, 0, task.row_bytes);
+        for (int32_t d = 0; d < dim; d += Vec::kLanes) {
+            const Vec x = load_from<S>(row_at(task, i), d, dim);
+            largest = larger(largest, larger(x, zero() - x));
         }
     }
-    const float scale = most == 0.0f ? 1.0f : most / kLargestFloat8;
+    const float most = reduce_max(largest) / kLargestFloat8, scale = most == 0.0f ? 1.0f : most;
+    const Vec inverse = broadcast(1.0f / scale);
     for (int64_t i = 0; i < task.page_tokens; ++i) {
-        load_row(task, i, dim, row);
-        auto* target = reinterpret_cast<uint8_t*>(task.target) + i * dim;
-        for (int32_t d = 0; d < dim; ++d) {
-            const float scaled = row[d] / scale;
-            target[d] = narrow_float8(scaled > kLargestFloat8    ? kLargestFloat8
-                                      : scaled < -kLargestFloat8 ? -kLargestFloat8
-                                                                 : scaled);
+        float scaled[kMaxSealDim];
+        for (int32_t d = 0; d < dim; d += Vec::kLanes) {
+            store(scaled + d, clamped(load_from<S>(row_at(task, i), d, dim) * inverse, -kLargestFloat8, kLargestFloat8));
         }
+        narrow_float8(scaled, dim, reinterpret_cast<uint8_t*>(task.target) + i * dim);
     }
     std::memcpy(task.target + task.page_tokens * dim, &scale, sizeof(scale));
 }
 
+template <class S>
 void seal_plain_row(const SealTask& task, int64_t i) {
     const PackedPart& part = *task.part;
-    const int64_t row_bytes = part.dim * bytes_of(part.storage);
-    char* target = task.target + i * row_bytes;
-    if (part.storage == task.storage && !task.channels) {
-        std::memcpy(target, row_at(task, i), row_bytes);
+    const auto* row = reinterpret_cast<const typename S::Bits*>(row_at(task, i));
+    char* target = task.target + i * part.dim * bytes_of(part.storage);
+    if (part.storage == task.storage) {
+        if (!task.channels) return void(std::memcpy(target, row, part.dim * sizeof(*row)));
+        auto* chosen = reinterpret_cast<typename S::Bits*>(target);
+        for (int32_t d = 0; d < part.dim; ++d) chosen[d] = row[task.channels[d]];
         return;
     }
-    float row[kMaxSealDim], chosen[kMaxSealDim];
-    load_row(task, i, int32_t(task.row_bytes / bytes_of(task.storage)), row);
-    for (int32_t d = 0; task.channels && d < part.dim; ++d) chosen[d] = row[task.channels[d]];
-    narrow(part.storage, task.channels ? chosen : row, target, part.dim);
+    float wide[kMaxSealDim];
+    const int32_t dim = int32_t(task.row_bytes / int64_t(sizeof(*row)));
+    for (int32_t d = 0; d < dim; d += Vec::kLanes) store(wide + d, load_from<S>(reinterpret_cast<const char*>(row), d, dim));
+    float chosen[kMaxSealDim];
+    for (int32_t d = 0; task.channels && d < part.dim; ++d) chosen[d] = wide[task.channels[d]];
+    narrow(part.storage, task.channels ? chosen : wide, target, part.dim);
 }
 
 void seal_row(const SealTask& task, int64_t row) {
-    task.part->coded ? seal_token_row(task, row) : seal_plain_row(task, row);
+    with_storage(task.storage, [&](auto storage) {
+        using S = decltype(storage);
+        task.part->coded ? seal_token_row<S>(task, row) : seal_plain_row<S>(task, row);
+    });
 }
 
 void seal(const SealTask& task) {
     const PackedPart& part = *task.part;
-    if (part.coded) return part.by_channel ? seal_channel_groups(task) : seal_token_groups(task);
-    if (part.storage == Storage::kFloat8) return seal_float8(task);
-    for (int64_t i = 0; i < task.page_tokens; ++i) seal_plain_row(task, i);
+    for (int64_t at = 0; part.coded && at < part.steps; at += 64) __builtin_prefetch(task.target + at, 1);
+    with_storage(task.storage, [&](auto storage) {
+        using S = decltype(storage);
+        if (part.coded && part.split)
+            return part.by_channel ? seal_channel_groups<S, true>(task) : seal_token_groups<S, true>(task);
+        if (part.coded)
+            return part.by_channel ? seal_channel_groups<S, false>(task) : seal_token_groups<S, false>(task);
+        if (part.storage == Storage::kFloat8) return seal_float8<S>(task);
+        for (int64_t i = 0; i < task.page_tokens; ++i) {
+            fetch_row(task, i + kSealAhead, 0, task.row_bytes);
+            seal_plain_row<S>(task, i);
+        }
+    });
 }
 
 }  // namespace

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvwise.cli.main import run
+from kvwise.study.built_in import default_plan, paper_plan, quality_plan
 from kvwise.study.overrides import Overrides
-from kvwise.study.plan import Plan, default_plan, paper_plan, quality_plan, read_plan, read_plan_text
+from kvwise.study.plan import Plan, read_plan, read_plan_text
 from kvwise.tasks.catalogue import tasks
 from tests.study.conftest import make_plan, run_fake
 

@@ -128,7 +128,7 @@ def other_value(default: Any) -> Any:
     if isinstance(default, float):
         return 0.37
     if isinstance(default, str):
-        return {"raw": "int8", "paper": "released", "auto": "untrained"}[default]
+        return {"raw": "int8", "paper": "released", "cache": "original", "auto": "untrained"}[default]
     return (default or 0) + 1
 
 
@@ -174,7 +174,14 @@ def clash(first: frozenset[Trait], second: frozenset[Trait]) -> bool:
     """What cannot be, said once more and independently of the table in core."""
     ranks_and_skips = {Trait.NEEDS_EVERY_ROW, Trait.SKIPS_ROWS} <= first | second
     looks_up_nothing = {Trait.NEEDS_PREFIX_KEYS, Trait.NO_PREFIX_KEYS} <= first | second
-    return ranks_and_skips or looks_up_nothing or (Trait.OWNS_PAGES in first and Trait.OWNS_PAGES in second)
+    turns_what_is_packed = {Trait.REPOSITIONS, Trait.PACKS} <= first | second
+    folds_half_a_key = {Trait.FOLDS, Trait.PRUNES_CHANNELS} <= first | second
+    not_to_be_recalled = {
+        Trait.LIVES_ON, Trait.RAGGED_HEADS, Trait.PACKS, Trait.SHARES_LAYERS, Trait.REPOSITIONS,
+    } & (first | second)  # fmt: skip
+    cannot_recall = Trait.RECALLS in first | second and not_to_be_recalled
+    two_owners = Trait.OWNS_PAGES in first and Trait.OWNS_PAGES in second
+    return any((ranks_and_skips, looks_up_nothing, turns_what_is_packed, folds_half_a_key, cannot_recall, two_owners))
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in METHODS if Trait.NEEDS_PREFIX_KEYS in kind.traits])
@@ -193,8 +200,15 @@ def test_loading_without_prefixes_is_refused_with_the_way_out(name: str) -> None
         ("prefix+h2o(budget=0.5)", False),
         ("streaming+prefix", True),
         ("infinigen+prefix", True),
-        ("h2o+infinigen", False),
-        ("streaming+infinigen", False),
+        ("h2o+infinigen", True),
+        ("streaming+infinigen+prefix", True),
+        ("h2o(layers=pyramid)+topk", True),
+        ("h2o(heads=adakv)+topk", False),
+        ("h2o+topk+int4", False),
+        ("less+topk", False),
+        ("corm+quest", False),
+        ("kvmerger+clusterkv", False),
+        ("cascading+infinigen", False),
         ("snapkv+prefix", True),
         ("snapkv(layers=pyramid, heads=adakv)+prefix", True),
         ("corm+prefix", True),
@@ -205,8 +219,8 @@ def test_loading_without_prefixes_is_refused_with_the_way_out(name: str) -> None
         ("window+prefix", True),
         ("random+prefix", True),
         ("topk+prefix", True),
-        ("snapkv+topk", False),
-        ("random+topk", False),
+        ("snapkv+topk", True),
+        ("random+topk", True),
         ("full+prefix", True),
         ("full+infinigen", True),
         ("cake+prefix", True),

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvwise.core.errors import StrategyError
+from kvwise.core.method import Trait
 from kvwise.methods.catalogue import parse
 from kvwise.methods.retention.budgets import HEADS, LAYERS, best, pyramid
 from kvwise.methods.retention.h2o import H2O
@@ -158,6 +159,13 @@ def test_the_pool_holds_the_budget_within_a_page_a_head_at_every_step(
             assert engine.memory.cache.usage().num_pages_held <= 64 / layout.block_size * num_heads + num_heads
         engine.step()
     require_empty(engine)
+
+
+@pytest.mark.parametrize("kind", [H2O, SnapKV])
+def test_heads_of_a_layer_are_ragged_where_they_share(kind: type[H2O | SnapKV]) -> None:
+    assert Trait.RAGGED_HEADS in kind(heads="adakv").traits
+    assert Trait.RAGGED_HEADS not in kind(layers="pyramid").traits
+    assert kind(heads="adakv").traits > kind.traits
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv"])

@@ -89,7 +89,7 @@ def test_choice_equals_numpy_also_when_windows_become_clusters(method: ClusterKV
     for i, key in enumerate(keys[num_prompt:]):
         index.add(0, 5, key)
         query = random(HEADS * group, DIM, seed=i)
-        found = index.choose(0, 5, query, 0.7)
+        found = index.choose(0, 5, query, 0.7, num_prompt + i)
         for h in range(HEADS):
             plain[h].add(key[h].double().numpy())
             expected = plain[h].choose(query.view(HEADS, group, DIM)[h].double().numpy() * 0.7)

@@ -110,7 +110,7 @@ def test_choice_equals_numpy_also_for_added_tokens(alpha: float, budget: float, 
             partial = (keys[:, h].numpy() @ turned[h])[:, columns[h]]
             for g in range(GROUP):
                 scores[h, g] = partial @ (query[h * GROUP + g].numpy() @ turned[h])[columns[h]] * 0.25
-        found = index.choose(1, 5, query, 0.25)
+        found = index.choose(1, 5, query, 0.25, len(keys))
         require_near(found, scores, alpha, max(1, int(budget * len(keys))))
         assert found.shape[1] <= max(1, int(budget * len(keys)))
 
@@ -120,7 +120,7 @@ def test_all_columns_rank_as_the_true_scores_do() -> None:
     for query in queries[:5]:
         scores = torch.einsum("hgd,thd->hgt", query.view(HEADS, GROUP, DIM), keys)
         best = (scores - scores.amax(-1, keepdim=True)).amax(1).topk(6).indices
-        assert [set(r) for r in index.choose(1, 5, query, 1.0).tolist()] == [set(r) for r in best.tolist()]
+        assert [set(r) for r in index.choose(1, 5, query, 1.0, len(keys)).tolist()] == [set(r) for r in best.tolist()]
 
 
 def test_a_dropped_row_is_forgotten() -> None:

@@ -44,7 +44,7 @@ def test_choice_equals_numpy(num_tokens: int, num_added: int, budget: float, pag
     for key in keys[num_tokens:]:
         index.add(0, 5, key)
     query = random(HEADS * group, DIM, seed=seed + 1)
-    found = index.choose(0, 5, query, 0.7)
+    found = index.choose(0, 5, query, 0.7, len(keys) - 1)
     assert found.shape == (HEADS, max(1, int(budget * (len(keys) - 1))))
     for h in range(HEADS):
         plain = ReferenceQuest(method, keys[:, h].double().numpy())

@@ -60,7 +60,7 @@ def test_choice_equals_numpy(
     for key in keys[num_tokens:]:
         index.add(0, 5, key)
     query = torch.randn(HEADS * group, DIM, generator=generator)
-    found = index.choose(0, 5, query, 0.7)
+    found = index.choose(0, 5, query, 0.7, len(keys) - 1)
     num = max(1, int(budget * (len(keys) - 1)))
     assert found.shape == (HEADS, num)
     assert [set(row) for row in found.tolist()] == plain_choice(query.numpy(), keys.numpy(), 0.7, softcap, num)

@@ -17,8 +17,22 @@ from kvwise.tasks.token_language import TokenLanguage
 
 BLOCK = 16
 VOCAB = 320
+HEADS = 8  # layers times KV heads
 LOADING = {"load", "cake"}
-KNOWN = ("full", "prefix", "h2o", "infinigen", "streaming", "window", "random", "idle", "broken", "hungry", *LOADING)
+KNOWN = (
+    "full",
+    "prefix",
+    "h2o",
+    "infinigen",
+    "streaming",
+    "window",
+    "random",
+    "idle",
+    "broken",
+    "hungry",
+    "sharer",
+    *LOADING,
+)
 LANGUAGE = TokenLanguage(VOCAB)  # made once: its text takes a moment
 
 
@@ -53,6 +67,14 @@ class FakeEngine:
     def budget(self) -> float:
         found = re.search(r"budget=([0-9.]+)", self.strategy)
         return float(found[1]) if found else 1.0
+
+    @property
+    def num_heads(self) -> int:
+        return HEADS - 2 if "sharer" in self.strategy else HEADS
+
+    @property
+    def block_bytes(self) -> int:
+        return self.pool // 100
 
     @property
     def pool(self) -> int:
@@ -325,11 +347,11 @@ class FakeBench:
             raise PlanError(f"strategy {text!r} loads from tiers")
 
     def idle_methods(
-        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0
+        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0, heads_shared: int = 0
     ) -> tuple[str, ...]:
         names = [part.partition("(")[0] for part in text.split("+")]
         busy = {name for name, count in did.items() if count} | ({"prefix"} if tokens_reused else set()) | {"full"}
-        busy |= LOADING if num_loads else set()
+        busy |= (LOADING if num_loads else set()) | ({"sharer"} if heads_shared else set())
         return tuple(name for name in names if name not in busy)
 
     def facts(self, model: str) -> ModelFacts:
@@ -337,7 +359,7 @@ class FakeBench:
             raise CapacityError(f"no model {model}")
         millions = float(re.search(r"(\d+)m", model)[1]) if re.search(r"(\d+)m", model) else 5.0
         language = LANGUAGE if model.startswith("builtin:") else None
-        return ModelFacts(model, VOCAB, 4096, 4096, int(millions * 4e6), int(millions * 1e6), language)
+        return ModelFacts(model, VOCAB, 4096, 4096, int(millions * 4e6), int(millions * 1e6), HEADS, language)
 
     def engine(self, model: str, strategy: str, memory_bytes: int | None, placement: Placement = NOWHERE) -> FakeEngine:
         if "hungry" in strategy:

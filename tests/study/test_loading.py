@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from kvwise.core.errors import CapacityError, PlanError
+from kvwise.study.built_in import default_plan, paper_plan
 from kvwise.study.cells import CellKind, expand
 from kvwise.study.charts import study_charts
 from kvwise.study.face import StepTime
@@ -19,7 +20,7 @@ from kvwise.study.loading_figures import Place, cake_of, loading_figures, mean_s
 from kvwise.study.loading_section import read_bandwidth
 from kvwise.study.page import render
 from kvwise.study.papers import GBPS, LARGE_MODEL, SMALL_KV, compare_paper
-from kvwise.study.plan import PAPERS, default_plan, paper_plan, read_plan_text
+from kvwise.study.plan import PAPERS, read_plan_text
 from kvwise.study.recommend import judge
 from kvwise.study.record import StudyFolder
 from kvwise.study.rows import Row

@@ -6,9 +6,10 @@ import pytest
 
 from kvwise.core.errors import PlanError
 from kvwise.methods.catalogue import parse
+from kvwise.study.built_in import default_plan, quality_plan
 from kvwise.study.cells import CellKind, check_strategies, expand
 from kvwise.study.overrides import Overrides, parse_goodput
-from kvwise.study.plan import default_plan, parse_memory, plan_hash, quality_plan, read_plan, read_plan_text
+from kvwise.study.plan import parse_memory, plan_hash, read_plan, read_plan_text
 from kvwise.study.quality_section import Quality
 from kvwise.study.toml import to_toml
 from tests.study.conftest import PLAN, make_plan

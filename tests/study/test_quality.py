@@ -80,7 +80,7 @@ def test_bytes_per_token_are_those_of_steps_that_only_decode() -> None:
             tokens = sum(len(r.output.prompt_token_ids) + len(r.output.token_ids) - 1 for r in self.running)
             decoding = all(r.output.token_ids for r in self.running)
             # A tenth of the blocks is only cached.
-            used = {"device": 40 * tokens + self.pool // 10 if decoding else 1 << 40, "host": 3 * tokens}
+            used = {"device": 40 * tokens + 10 * self.block_bytes if decoding else 1 << 40, "host": 3 * tokens}
             return replace(super().stats(), kv_bytes=used, blocks_cached=10)
 
     bench = FakeBench()

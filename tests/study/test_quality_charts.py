@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 
 from kvwise.study.chart import Chart
 from kvwise.study.charts import study_charts
+from kvwise.study.front_charts import front_charts
 from kvwise.study.palette import Palette, plain
+from kvwise.study.pareto import front
 from kvwise.study.plotly_chart import plotly_chart
 from kvwise.study.png import write_png
-from kvwise.study.quality_charts import AGREEMENT, QUALITY, front, front_charts, quality_charts
+from kvwise.study.quality_charts import quality_charts
+from kvwise.study.quality_looks import AGREEMENT, QUALITY
 from kvwise.study.scores import quality_figures
 from kvwise.study.summary import Study
 from tests.study.answers import (

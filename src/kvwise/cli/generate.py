@@ -77,6 +77,12 @@ def generate(
     link: Annotated[list[str] | None, typer.Option(help="Throttle, such as host:device=12GB/s.")] = None,
     kernels: Annotated[str | None, typer.Option(help="Kernel family; default: the fastest here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per output.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Draw what each layer and head kept; with --json: its positions.")
+    ] = False,
+    explain_html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write that picture as a page of HTML.")
+    ] = None,
 ) -> None:
     """Answer prompts; text goes to standard output, what the methods did to standard error."""
     if not prompt and not prompt_ids:
@@ -86,6 +92,7 @@ def generate(
         min_p=min_p, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
         stop_token_ids=tuple(stop_token_ids or ()), ignore_eos=ignore_eos, logprobs=logprobs,
+        explain=explain or explain_html is not None,
     )  # fmt: skip
     settings: dict[str, Any] = {
         "device": device,
@@ -112,6 +119,9 @@ def generate(
         raise UsageError(f"--prompt-cache {prompt_cache}: {prompt_cache.parent} is no folder; make it first")
     if prompt_cache is not None and image:
         raise UsageError("--prompt-cache keeps prompts of text: leave out --image, or the file")
+    if explain_html is not None and (explain_html.is_dir() or not explain_html.parent.is_dir()):
+        what = "is a folder; name a file in it" if explain_html.is_dir() else f"{explain_html.parent} is no folder"
+        raise UsageError(f"--explain-html {explain_html}: {what}")
     # Bad options are refused above, before the seconds it takes to import torch and load a model.
     from kvwise.engine.llm import LLM
     from kvwise.methods.catalogue import parse
@@ -125,6 +135,10 @@ def generate(
         else:
             outputs = _with_cache(llm, prompts[0], params, prompt_cache, salt=salt, session=session)
         _show(outputs, llm.engine.stats(), as_json=as_json)
+        if explain_html is not None:
+            _write_page(explain_html, outputs, llm)
+        if explain and not as_json:
+            _draw(outputs)
     failed = next((o.error for o in outputs if o.error is not None), None)
     if failed is not None:
         raise RequestError(failed)
@@ -186,6 +200,30 @@ def _show(outputs: list[RequestOutput], stats: EngineStats, *, as_json: bool) ->
             f"tier {name}: {figures.hits} blocks hit, {figures.misses} missed, {figures.num_loaded} loaded, "
             f"{figures.num_stored} stored, {figures.num_blocks} there ({figures.num_bytes / 2**20:.1f} MiB)"
         )
+
+
+def _draw(outputs: list[RequestOutput]) -> None:
+    from rich.console import Console
+
+    from kvwise.cli.explain import PIPE_WIDTH, draw, explained
+
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    for output in outputs:
+        console.print()
+        draw(console, explained(output))
+
+
+def _write_page(path: Path, outputs: list[RequestOutput], llm: "LLM") -> None:
+    from kvwise.cli.explain import explained
+    from kvwise.cli.explain_page import page
+
+    read = llm.engine.loaded.tokenizer.decode
+    texts = [[read([t], skip_special=False) for t in (*o.prompt_token_ids, *o.token_ids)] for o in outputs]
+    try:
+        path.write_text(page([explained(output) for output in outputs], texts), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--explain-html {path}: {error.strerror}") from error
+    _say(f"picture: {path}")
 
 
 def _say(line: str) -> None:

@@ -2,12 +2,14 @@
 
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from kvwise import __version__
-from kvwise.cli import cache, calibrate, generate, methods, study, train
+from kvwise.cli import cache, calibrate, generate, study, train
+from kvwise.cli.methods import methods as list_methods
 from kvwise.core.errors import KvwiseError, UsageError
 
 app = typer.Typer(
@@ -31,13 +33,22 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it and exit."),
+    methods: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Methods of your own: my.py or a module; may be given several times."),
+    ] = None,
 ) -> None:
     """The KV cache of LLM inference: every published method on one paged engine, measured side by side."""
+    if methods and not ctx.resilient_parsing:
+        from kvwise.methods.catalogue import using
+
+        ctx.with_resource(using(*methods))
 
 
 app.command("generate")(generate.generate)
-app.command("methods")(methods.methods)
+app.command("methods")(list_methods)
 app.add_typer(study.app, name="study")
 app.add_typer(cache.app, name="cache")
 app.add_typer(train.app, name="train")

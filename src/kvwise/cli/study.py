@@ -2,6 +2,9 @@
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +15,6 @@ from kvwise.core.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvwise.study.overrides import Overrides
     from kvwise.study.plan import Plan
     from kvwise.study.record import StudyFolder
 
@@ -71,6 +73,9 @@ QualityOnly = Annotated[
 Paper = Annotated[
     str | None, typer.Option("--paper", help="Run a paper's tables and print its figures beside: 2410.03065 (Cake).")
 ]
+Named = Annotated[
+    str | None, typer.Option("--plan", metavar="NAME", help="A built-in plan: default, quality, methods, 2410.03065.")
+]
 Tiers = Annotated[
     list[str] | None,
     typer.Option("--tiers", help="Below the device: 'host(size=1GiB)', several by ' + ', or none.",
@@ -99,16 +104,18 @@ def study(
     output: Annotated[Path | None, typer.Option("--output", "--out", "-o", help="Folder for rows and report.")] = None,
     as_json: Json = False,
     overwrite_own: Aside = False,
+    named: Named = None,
     quality_only: QualityOnly = False,
     paper: Paper = None,
 ) -> None:
     """Measure strategies side by side and say what to run. Without a command: run the default plan."""
     if context.invoked_subcommand is None:
         folder = Path(DEFAULT_OUTPUT) if output is None else output
-        chosen = _read(None, None, quality_only=quality_only, paper=paper)
+        chosen = _read(_Choice(None, named, paper, quality_only))
         _run(chosen, folder, as_json=as_json, overwrite_own=overwrite_own, retry_failed=False)
         return
-    given = [context.get_parameter_source(o) for o in ("output", "as_json", "overwrite_own", "quality_only", "paper")]
+    options = ("output", "as_json", "overwrite_own", "named", "quality_only", "paper")
+    given = [context.get_parameter_source(option) for option in options]
     if any(source is not None and source.name == "COMMANDLINE" for source in given):
         name = context.invoked_subcommand
         raise UsageError(f"options go behind the command: kvwise study {name} ... (see kvwise study {name} --help)")
@@ -121,6 +128,7 @@ def run(
     as_json: Json = False,
     overwrite_own: Aside = False,
     retry_failed: Retry = False,
+    named: Named = None,
     quality_only: QualityOnly = False,
     paper: Paper = None,
     model: Model = None,
@@ -162,7 +170,7 @@ def run(
         trace=trace, trace_block_size=trace_block_size, length_scale=length_scale, time_scale=time_scale,
         block=block or (), task=task or (), protocol=protocol or (),
     )  # fmt: skip
-    chosen = _read(plan_file, changes, quality_only=quality_only, paper=paper)
+    chosen = changes.apply(_read(_Choice(plan_file, named, paper, quality_only)))
     _run(chosen, output, as_json=as_json, overwrite_own=overwrite_own, retry_failed=retry_failed)
 
 
@@ -170,18 +178,21 @@ def run(
 def plan(
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.toml]", help="Default: the built-in plan.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cells as JSON.")] = False,
+    named: Named = None,
     quality_only: QualityOnly = False,
     paper: Paper = None,
 ) -> None:
     """Print a plan as TOML on standard output, and how many cells it has on standard error."""
+    from kvwise.study.built_in import built_in_plan, built_in_text
     from kvwise.study.cells import check_strategies, expand
-    from kvwise.study.plan import default_plan_text, paper_plan_text, plan_hash, quality_plan_text
+    from kvwise.study.plan import plan_hash
     from kvwise.study.progress import clock_time
     from kvwise.study.run import nominal_seconds
     from kvwise.study.toml import to_toml
 
-    chosen = _read(plan_file, None, quality_only=quality_only, paper=paper)
-    check_strategies(chosen, _parse)
+    choice = _Choice(plan_file, named, paper, quality_only)
+    chosen = _read(choice)
+    check_strategies(chosen, partial(_parse, methods=chosen.methods))
     cells = expand(chosen)
     if as_json:
         facts = [
@@ -190,9 +201,8 @@ def plan(
         ]
         typer.echo(json.dumps({"plan": chosen.name, "hash": plan_hash(chosen), "cells": facts}, indent=1))
         return
-    built_in = quality_plan_text if quality_only else default_plan_text
-    text = built_in() if paper is None else paper_plan_text(paper)
-    typer.echo(text if plan_file is None else to_toml(chosen), nl=False)
+    as_it_is = plan_file is None and chosen.quality_only == built_in_plan(choice.name).quality_only
+    typer.echo(built_in_text(choice.name) if as_it_is else to_toml(chosen), nl=False)
     seconds = clock_time(sum(map(nominal_seconds, cells)))
     typer.echo(f"{len(cells)} cells, at least {seconds}, hash {plan_hash(chosen)}", err=True)
 
@@ -297,25 +307,41 @@ def _open(folder: Path) -> "tuple[StudyFolder, Plan]":
     return StudyFolder.open(folder)
 
 
-def _read(
-    plan_file: Path | None, changes: "Overrides | None", *, quality_only: bool, paper: str | None = None
-) -> "Plan":
-    """The plan of a file, of a paper, or a built-in one, with the changes made; `quality_only`: without its traffic."""
-    from kvwise.study.plan import default_plan, paper_plan, quality_plan, read_plan
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Which plan: a file, a built-in one by name, or a paper's; `quality_only`: without its traffic."""
 
-    if paper is not None:
-        if plan_file is not None or quality_only:
-            other = "--quality-only" if plan_file is None else str(plan_file)
-            raise UsageError(f"--paper {paper} is a plan of its own: leave out {other}")
-        plan = paper_plan(paper)
-        return plan if changes is None else changes.apply(plan)
-    built_in = quality_plan if quality_only else default_plan
-    plan = built_in() if plan_file is None else read_plan(plan_file)
-    plan = plan if changes is None else changes.apply(plan)
-    return plan.model_copy(update={"quality_only": True}) if quality_only else plan
+    file: Path | None
+    named: str | None
+    paper: str | None
+    quality_only: bool
+
+    @property
+    def name(self) -> str:
+        """The built-in plan that is meant where no file is given."""
+        return self.named or self.paper or ("quality" if self.quality_only else "default")
 
 
-def _parse(text: str) -> object:
-    from kvwise.methods.catalogue import parse
+def _read(choice: _Choice) -> "Plan":
+    """The chosen plan; UsageError if two are."""
+    from kvwise.study.built_in import built_in_plan, paper_plan
+    from kvwise.study.plan import read_plan
 
-    return parse(text)
+    others = [str(choice.file)] if choice.file is not None else []
+    if choice.named is not None:
+        others += [] if choice.paper is None else [f"--paper {choice.paper}"]
+        if others:
+            raise UsageError(f"--plan {choice.named} is a plan of its own: leave out {others[0]}")
+    if choice.paper is not None:
+        others += ["--quality-only"] if choice.quality_only else []
+        if others:
+            raise UsageError(f"--paper {choice.paper} is a plan of its own: leave out {others[0]}")
+        return paper_plan(choice.paper)
+    plan = built_in_plan(choice.name) if choice.file is None else read_plan(choice.file)
+    return plan.model_copy(update={"quality_only": True}) if choice.quality_only else plan
+
+
+def _parse(text: str, methods: Sequence[str]) -> object:
+    from kvwise.methods.catalogue import catalogue, parse
+
+    return parse(text, catalogue().reading(*methods))

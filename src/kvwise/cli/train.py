@@ -23,7 +23,7 @@ def less(
         Path | None, typer.Option(help="Text to learn from; built-in models have texts of their own.")
     ] = None,
     num_texts: Annotated[int, typer.Option(min=1, help="Texts, each seen once.")] = 2000,
-    length: Annotated[int, typer.Option(min=32, help="Tokens of a text.")] = 512,
+    length: Annotated[int, typer.Option(min=32, help="Tokens of a text.")] = 384,
     hidden: Annotated[int | None, typer.Option(min=1, help="Hidden size; default: four times the head size.")] = None,
     learning_rate: Annotated[float, typer.Option(min=0, help="Of Adam, falling to 0.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0, help="Draws the texts.")] = 0,

@@ -37,6 +37,7 @@ class Trait(StrEnum):
     NEEDS_PREFIX_KEYS = "finds stored KV by the keys of its prefix"
     NO_PREFIX_KEYS = "shares nothing, so prefixes have no keys"
     PRIVATE = "makes the kept bytes depend on the request"
+    REPOSITIONS = "lays out and rotates anew what it keeps, stride by stride"
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class Attestation:
     tokens_loaded: int = 0  # of the prompt, brought back from a tier below the device
     tokens_dropped: int = 0  # per layer and head: a token dropped by all L*H heads counts L*H
     tokens_merged: int = 0  # likewise: dropped, but living on in others
+    tokens_demoted: int = 0  # likewise: not dropped but moved to the host, from where a selection brings them back
     tokens_fetched: int = 0  # likewise
     tokens_recalled_cached: int = 0  # of those fetched: still on the device from a step before, so no bytes moved
     fetch_candidates: int = 0  # tokens a selection could have fetched: fetched / candidates is the share read

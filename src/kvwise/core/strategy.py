@@ -51,6 +51,16 @@ CONFLICTS: tuple[tuple[Trait, Trait, str], ...] = (
         "the first was trained on whole keys, and the second has dropped channels of them",
     ),
     (
+        Trait.REPOSITIONS,
+        Trait.PACKS,
+        "the first moves and rotates kept keys after every stride, and packed ones stay in their group as they are",
+    ),
+    (
+        Trait.RECALLS,
+        Trait.REPOSITIONS,
+        "the first finds tokens on the host by the positions they had, and the second rotates their keys to others",
+    ),
+    (
         Trait.NO_PREFIX_KEYS,
         Trait.NEEDS_PREFIX_KEYS,
         "stored KV is found by the keys of its prefix, which only the reuse of prefixes makes: add '+prefix'",
@@ -109,7 +119,7 @@ def conflict(first: Method, second: Method) -> str | None:
         if a in first.traits and b in second.traits:
             return reason
         if a in second.traits and b in first.traits:
-            return reason.replace("the first", second.name)
+            return reason.replace("the first", second.name).replace("the second", first.name)
     return None
 
 

@@ -66,8 +66,9 @@ class BatchBuilder:
         if in_blocks:
             parts.append(self._block_part(in_blocks, num_in_blocks))
         if settled:
-            rows = slice(num_in_blocks, num_in_blocks + len(settled))
-            parts.append(self._placement.part([s.sequence for s in settled], rows))
+            counts = [s.num_tokens for s in settled]
+            rows = slice(num_in_blocks, num_in_blocks + sum(counts))
+            parts.append(self._placement.part([s.sequence for s in settled], counts, rows))
         tokens, positions = _tokens_and_positions(order)
         ends = np.cumsum([s.num_tokens for s in order]) - 1
         sampled = [i for i, s in enumerate(order) if s.samples]

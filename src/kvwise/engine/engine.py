@@ -21,6 +21,7 @@ from kvwise.engine.finish import Finisher
 from kvwise.engine.hierarchy.storing import Storing
 from kvwise.engine.lifecycle import Lifecycle, Owner, PurgeReport
 from kvwise.engine.meter import Meter, ShareMeter
+from kvwise.engine.placement.base import ReadsInStrides
 from kvwise.engine.placement.choose import make_memory
 from kvwise.engine.runner import Runner
 from kvwise.engine.sampler import SequenceSampler
@@ -171,7 +172,8 @@ class Engine:
     def _refuse_size(self, num_prompt: int, longest: int) -> None:
         """Every request must be able to run alone, or it would wait for ever."""
         placement = self.memory.placement
-        self.memory.cache.require_fits(num_prompt if placement.settles else longest)
+        if not isinstance(placement, ReadsInStrides):
+            self.memory.cache.require_fits(num_prompt if placement.settles else longest)
         reason = placement.room_for(num_prompt, longest)
         if reason is not None:
             raise CapacityError(reason)

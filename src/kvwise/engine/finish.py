@@ -103,7 +103,7 @@ class Finisher:
 
     def _share(self, sequence: Sequence, sibling: Sequence) -> bool:
         assert sequence.row is not None
-        if len(self._scheduler.running) >= self._scheduler.max_num_seqs:
+        if len(self._scheduler.running) >= self._scheduler.max_num_seqs or sequence.settled:
             return False
         try:
             sibling.row, moves = self._memory.cache.fork(sequence.row)

@@ -11,7 +11,7 @@ from kvwise.core.clock import Clock
 from kvwise.core.config import EngineConfig
 from kvwise.engine.hierarchy.loads import Loads
 from kvwise.engine.hierarchy.storing import Storing
-from kvwise.engine.placement.base import Placement
+from kvwise.engine.placement.base import Placement, ReadsInStrides
 from kvwise.engine.sequence import Phase, Sequence
 
 
@@ -31,8 +31,9 @@ class Scheduled:
 class Scheduler:
     """First come, first served, under a budget of tokens and sequences a step.
 
-    A request holds memory for its whole prompt from its admission on, so a prefill never stalls half-way. When a
-    running request cannot grow, the latest arrival is preempted: its memory is released and it is computed again.
+    A request holds memory for its whole prompt (or for what is kept of it and a stride) from its admission on, so a
+    prefill never stalls half-way. When a running request cannot grow, the latest arrival is preempted: its memory is
+    released and it is computed again.
     """
 
     def __init__(
@@ -117,8 +118,9 @@ class Scheduler:
             loads.hierarchy.look_ahead({f"{s.request_id}/{s.index}": s.keys.chain for s in first if s.keys})
 
     def _chunk(self, sequence: Sequence, budget: int) -> Scheduled:
-        chunked = self._config.enable_chunked_prefill
-        return Scheduled(sequence, min(sequence.num_pending, budget) if chunked else sequence.num_pending)
+        placement, chunked = self._placement, self._config.enable_chunked_prefill
+        most = placement.num_next(sequence) if isinstance(placement, ReadsInStrides) else sequence.num_pending
+        return Scheduled(sequence, min(most, budget) if chunked else most)
 
     def _growing(self) -> list[Sequence]:
         """The decoding sequences that have room for one more token; others are preempted until they have."""
@@ -181,11 +183,19 @@ class Scheduler:
             return False
         # Looked up before the row announces its blocks, and before making room pushes anything out.
         stored = [] if self._loads is None else self._loads.find(sequence, match.num_tokens, self._num_last(sequence))
-        row = self._cache.admit_with_room(match, sequence.keys, len(sequence.tokens), terms=sequence.terms)
+        in_strides = isinstance(self._placement, ReadsInStrides)
+        num_tokens = 0 if in_strides else len(sequence.tokens)  # those pages are asked for by the placement
+        row = self._cache.admit_with_room(match, sequence.keys, num_tokens, terms=sequence.terms)
         if row is None:
             self._placement.release(sequence)
             return False
         sequence.row = row
+        if isinstance(self._placement, ReadsInStrides) and not self._placement.start(sequence):
+            self._placement.release(sequence)
+            self._cache.release(row)
+            sequence.row = None
+            return False
+        sequence.settled = in_strides
         sequence.num_computed = match.num_tokens
         sequence.phase = Phase.PREFILL
         sequence.num_offered = 0

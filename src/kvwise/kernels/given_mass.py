@@ -27,6 +27,7 @@ class GivenMass:
     ) -> None:
         """See `Kernels.add_mass`."""
         num_heads = check_attend(queries, query_start, segments, None)
+        group = queries.shape[1] // num_heads
         if lse.shape != queries.shape[:2]:
             raise UsageError(f"lse {tuple(lse.shape)} must be {tuple(queries.shape[:2])}, one of every query")
         if any(segment.whole_blocks or segment.sealed is not None for segment in segments):
@@ -43,8 +44,8 @@ class GivenMass:
             ]
         for rows, which, num_left in pieces:
             count = which.stop - which.start
-            grouped = queries[rows].float().unflatten(0, (count, -1)).unflatten(2, (num_heads, -1))
-            known = lse[rows].unflatten(0, (count, -1)).unflatten(2, (num_heads, -1))
+            grouped = queries[rows].float().reshape(count, -1, num_heads, group, queries.shape[2])
+            known = lse[rows].reshape(grouped.shape[:-1])
             for segment in segments:
                 if segment.mass is not None:
                     _add(grouped.permute(0, 2, 3, 1, 4), known.permute(0, 2, 3, 1), segment, which, num_left, scale,
@@ -70,7 +71,7 @@ def _add(
         logits = softcap * torch.tanh(logits / softcap)
     # A row that sees nothing has lse -inf; with inf in its place it gives nothing.
     known = lse.masked_fill(lse == -torch.inf, torch.inf).flatten(2)
-    given = logits.sub_(known[..., None]).exp_().unflatten(2, lse.shape[2:])
+    given = logits.sub_(known[..., None]).exp_().view(*lse.shape, -1)
     slot = torch.arange(given.shape[-1], device=keys.device)
     if segment.causal and queries.shape[3] > 1:
         row = torch.arange(queries.shape[3], device=keys.device)[:, None]

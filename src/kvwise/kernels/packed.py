@@ -190,7 +190,7 @@ def pack(rows: Tensor, part: Part) -> Tensor:
     elif isinstance(part, Float8):
         scale = rows.float().abs().amax((1, 2)) / LARGEST_FLOAT8
         scale = torch.where(scale == 0, 1.0, scale)
-        scaled = (rows.float() / scale[:, None, None]).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
+        scaled = (rows.float() * (1 / scale)[:, None, None]).clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8)
         pieces = [_bytes(scaled.to(torch.float8_e4m3fn)), _bytes(scale[:, None])]
     else:
         pieces = [_bytes(rows.to(part.dtype))]

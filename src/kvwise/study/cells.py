@@ -116,6 +116,11 @@ def expand(plan: Plan, *, quality_only: bool = False) -> list[Cell]:
     return list(unique.values())
 
 
+def block_texts(block: Block) -> frozenset[str]:
+    """The strategies of a block, filled."""
+    return frozenset(text for text, _, _ in _filled(block))
+
+
 def check_strategies(plan: Plan, parse: Callable[[str], object]) -> None:
     """Let `parse` judge every strategy of the plan; PlanError naming where it stands on the first it refuses."""
     loads = [(f"loading {b.name!r}", ((text, m, None) for m, text in b.strategies.items())) for b in plan.loading]

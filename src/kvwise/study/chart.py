@@ -1,7 +1,9 @@
 """A chart as a value: what is drawn, in which units; one writer makes plotly of it, another matplotlib."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,7 +19,7 @@ COLOURS = {
     "random": "#a4abba",
     "window": "#717a8c",
 }
-SPARE = ("#b3a11a", "#d264c4", "#7a8f3c", "#9a6240", "#5f63d0")
+SPARE = ("#b3a11a", "#d264c4", "#7a8f3c", "#9a6240", "#5f63d0", "#12a67c", "#e0526e", "#15a3c7", "#ee8a1d", "#a46cf2")
 NEUTRAL = "#8b93a7"
 
 LABEL_GAP = 0.062  # of the plot's height: labels at line ends are kept this far apart
@@ -68,7 +70,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart. `ticks` places words on the x axis; a bar chart has one bar per series."""
+    """A chart. `ticks` places words on the x axis; a bar chart has one bar per series.
+
+    Charts of one `group` stand together inside their section, those that are `folded` where a reader must ask for them.
+    """
 
     id: str
     section: str
@@ -85,6 +90,13 @@ class Chart:
     reverse_x: bool = False
     ticks: tuple[tuple[float, str], ...] = ()
     rules: tuple[Rule, ...] = ()
+    group: str = ""
+    folded: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The title with the group."""
+        return f"{self.group}: {self.title}" if self.group else self.title
 
     @property
     def y_range(self) -> tuple[float, float]:
@@ -140,10 +152,19 @@ def log_ticks(low: float, high: float) -> tuple[float, ...]:
     return ticks
 
 
-def colours(frameworks: Sequence[str]) -> dict[str, str]:
-    """A colour per framework: the known ones keep theirs, others take spare ones in order."""
-    spare = iter(SPARE * (1 + len(frameworks) // len(SPARE)))
-    return {name: COLOURS[name] if name in COLOURS else next(spare) for name in dict.fromkeys(frameworks)}
+def colours(frameworks: Sequence[str], together: Sequence[AbstractSet[str]] = ()) -> dict[str, str]:
+    """A colour per framework: the known ones keep theirs, others take the spare one that is rarest around them.
+
+    `together` are the sets that are drawn on one chart; without any, all are.
+    """
+    names = dict.fromkeys(frameworks)
+    out = {name: COLOURS[name] for name in names if name in COLOURS}
+    for name in names:
+        if name not in out:
+            around = {other for found in together or [set(names)] if name in found for other in found}
+            used = Counter(colour for other, colour in out.items() if other in around)
+            out[name] = min(SPARE, key=lambda colour: used[colour])
+    return out
 
 
 def _scaled(value: float, log: bool, low: float) -> float:

@@ -7,9 +7,11 @@ from statistics import median
 
 from kvwise.study.axes import OTHER_AXES, RATE, axis_charts
 from kvwise.study.chart import Chart, Rule, Series
+from kvwise.study.front_charts import front_charts
 from kvwise.study.loading_charts import loading_charts, tier_charts
 from kvwise.study.palette import Palette, short
-from kvwise.study.quality_charts import QUALITY, front_charts, quality_charts
+from kvwise.study.quality_charts import quality_charts
+from kvwise.study.quality_looks import QUALITY
 from kvwise.study.summary import Study
 from kvwise.study.traffic_charts import density_charts, first_token_charts, memory_charts, pareto_charts
 from kvwise.study.words import ARTICLE

@@ -16,7 +16,17 @@ Observe = Callable[[int, int, Any], None]
 
 
 class EngineFace(Protocol):
-    """The part of `kvwise.engine.engine.Engine` that the study drives."""
+    """The part of `kvwise.engine.engine.Engine` that the study drives, and two sizes of its KV."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a whole block's keys and values."""
+        ...
+
+    @property
+    def num_heads(self) -> int:
+        """Places in which a token can be kept or dropped: layers that store KV, times KV heads."""
+        ...
 
     def add_request(
         self,
@@ -53,7 +63,7 @@ class EngineFace(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the study must know of a model. `kv_token_bytes`: KV of one token, all layers and heads.
+    """What the study must know of a model. `kv_token_bytes`: KV of one token, all layers and heads, `num_heads`.
 
     `language` is what tasks are written in; None: it cannot be asked anything, its weights are random. `tokenizer` is
     that of a model that reads text.
@@ -65,6 +75,7 @@ class ModelFacts:
     kv_token_bytes: int
     weight_bytes: int
     num_parameters: int
+    num_heads: int
     language: Language | None = None
     tokenizer: Tokenizer | None = None
 
@@ -162,11 +173,12 @@ class Bench(Protocol):
         ...
 
     def idle_methods(
-        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0
+        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0, heads_shared: int = 0
     ) -> tuple[str, ...]:
         """The methods that strategy `text` names and that, by these attested counts, did nothing.
 
-        A loading method that decided about `num_loads` requests did its work, also if it decided to compute.
+        A loading method that decided about `num_loads` requests did its work, also if it decided to compute; an
+        encoding did by which `heads_shared` heads store nothing, since their layers read another's KV.
         """
         ...
 

@@ -62,11 +62,12 @@ class CellRunner:
             prompts = sample_prompts(length, cell.load.warmup_requests, seed=1, vocab_size=facts.vocab_size)
             warm_up(engine, prompts)
             out = drive(engine, jobs, self._pace(cell))
+            heads_shared = facts.num_heads - engine.num_heads
         result = live_result(cell, jobs, out, facts, self.clock.now() - began)
         row = result.tables["cells"][0]
         if row["num_errors"] == len(jobs):
             raise RequestError(next(r["error"] for r in result.tables["requests"] if r["error"]))
-        self._require_work(cell, result)
+        self._require_work(cell, result, heads_shared)
         return result
 
     def _pace(self, cell: Cell) -> Pace:
@@ -82,10 +83,10 @@ class CellRunner:
             open_loop=cell.rate != float("inf"),
         )
 
-    def _require_work(self, cell: Cell, result: CellResult) -> None:
+    def _require_work(self, cell: Cell, result: CellResult, heads_shared: int) -> None:
         row = result.tables["cells"][0]
         num_loads = sum(row.get("loads", {}).values())
-        idle = self._bench.idle_methods(cell.strategy, row["did"], row["tokens_reused"], num_loads)
+        idle = self._bench.idle_methods(cell.strategy, row["did"], row["tokens_reused"], num_loads, heads_shared)
         if idle:
             raise IdleMethod(
                 f"{' and '.join(idle)} did nothing in this cell (prompts too short for the budget, or nothing to share)"
@@ -104,7 +105,7 @@ class CellRunner:
         result = quality_result(cell, examined, facts, self.clock.now() - began)
         # A budget of everything has nothing to drop.
         if cell.budget is None or cell.budget < 1:
-            self._require_work(cell, result)
+            self._require_work(cell, result, facts.num_heads - examined.num_heads)
         return result
 
     def _reference(self, cell: Cell, facts: ModelFacts) -> tuple[Reference, int]:

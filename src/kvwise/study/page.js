@@ -20,9 +20,14 @@
     return out;
   };
   const options = { responsive: true, displayModeBar: false, displaylogo: false };
-  const draw = () => {
-    for (const [id, chart] of Object.entries(charts)) Plotly.react(id, chart.data, themed(chart.layout), options);
+  const draw = (inside = document) => {
+    for (const place of inside.querySelectorAll(".plot")) {
+      const chart = charts[place.id];
+      // What is folded has no width to be drawn in yet.
+      if (place.offsetParent) Plotly.react(place, chart.data, themed(chart.layout), options);
+    }
   };
   draw();
-  dark.addEventListener("change", draw);
+  for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", () => draw(fold));
+  dark.addEventListener("change", () => draw());
 })();

@@ -18,7 +18,7 @@ from kvwise.study.loading_page import loading_section
 from kvwise.study.markup import pairs, table, who
 from kvwise.study.palette import Palette, short, slug
 from kvwise.study.plotly_chart import plotly_chart
-from kvwise.study.quality_charts import AGREEMENT, QUALITY, section_of
+from kvwise.study.quality_looks import AGREEMENT, QUALITY, section_of
 from kvwise.study.quality_page import quality_section
 from kvwise.study.recommend import Verdict
 from kvwise.study.summary import Study
@@ -112,13 +112,27 @@ def _section(name: str, charts: Sequence[Chart], study: Study, paint: dict[str, 
         extra = quality_section(study, name, paint)
     if name == LOADING:
         extra = loading_section(study)
+    groups = "\n".join(
+        _group(name, [c for c in charts if c.group == name]) for name in dict.fromkeys(c.group for c in charts)
+    )
+    return f'<h2 id="{slug(name)}">{escape(name)}</h2>\n{extra}{groups}'
+
+
+def _group(name: str, charts: Sequence[Chart]) -> str:
+    """Charts that stand together under a heading; those that are folded behind it."""
+    heading = f"<h3>{escape(name)}</h3>" if name else ""
+    shown, folded = _grid([c for c in charts if not c.folded]), _grid([c for c in charts if c.folded])
+    more = f"<details><summary>{escape(name.capitalize())}, task by task</summary>{folded}</details>" if folded else ""
+    return heading + shown + more
+
+
+def _grid(charts: Sequence[Chart]) -> str:
     figures = "\n".join(
         f"<figure><h3>{escape(c.title)}</h3><figcaption>{escape(c.note)}</figcaption>"
-        f'<div class="plot" id="{c.id}" role="img" aria-label="{escape(c.section)}: {escape(c.title)}"></div></figure>'
+        f'<div class="plot" id="{c.id}" role="img" aria-label="{escape(f"{c.section}: {c.heading}")}"></div></figure>'
         for c in charts
     )
-    grid = f'<div class="grid">\n{figures}\n</div>' if charts else ""
-    return f'<h2 id="{slug(name)}">{escape(name)}</h2>\n{extra}{grid}'
+    return f'<div class="grid">\n{figures}\n</div>' if charts else ""
 
 
 def _onoff_table(study: Study) -> str:

@@ -1,4 +1,7 @@
-"""One colour per framework and one line style per budget, the same on every chart of a study."""
+"""One colour per framework and one line style per budget, the same on every chart of a study.
+
+Frameworks that differ in the number of one option are one line, and share its colour.
+"""
 
 import re
 from collections import defaultdict
@@ -6,6 +9,8 @@ from collections.abc import Sequence
 
 from kvwise.study.cells import CellKind
 from kvwise.study.chart import Series, colours
+from kvwise.study.groups import groups
+from kvwise.study.names import lines
 from kvwise.study.summary import Figures, Study, Who, who_of
 
 GUIDES = ("random", "window")
@@ -17,7 +22,11 @@ class Palette:
     def __init__(self, study: Study) -> None:
         whos = {who_of(row) for row in study.cells if row["kind"] not in (CellKind.ONOFF, CellKind.LOADING)}
         ordered = sorted(whos, key=lambda who: who.order)
-        self.colours = colours([who.framework for who in ordered])
+        self.lines = lines([who.framework for who in ordered])
+        own = {name: line.name for name, line in self.lines.items()}
+        together = [{own[w.framework] for w in members} for members in groups(study.plan, ordered).values()]
+        paint = colours(list(own.values()), together)
+        self.colours = {name: paint[line] for name, line in own.items()}
         budgets: dict[str, list[float]] = defaultdict(list)
         for who in ordered:
             budgets[who.framework].append(who.budget or 1.0)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import tomllib
-from importlib.resources import files
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -191,10 +190,11 @@ class Plan(Strict):
     """A whole study.
 
     `min_quality` is the least score that a recommended strategy may have; `quality_only` leaves out all but answers.
-    `paper` is the arXiv id of a paper whose figures are printed beside.
+    `paper` is the arXiv id of a paper whose figures are printed beside; `methods` are files (or modules) of the user's
+    own methods.
     """
 
-    ADDED: ClassVar[tuple[str, ...]] = ("loading",)
+    ADDED: ClassVar[tuple[str, ...]] = ("loading", "methods")
 
     name: str = Field(default="study", min_length=1, max_length=64)
     seed: int = Field(default=0, ge=0)
@@ -206,6 +206,7 @@ class Plan(Strict):
     quality_only: bool = False
     paper: str | None = None
     max_cells: int = Field(default=1000, ge=1, le=MAX_CELLS)
+    methods: tuple[str, ...] = ()
     slo: Slo = Slo()
     quality: Quality = Quality()
     onoff: OnOff | None = None
@@ -226,44 +227,10 @@ def plan_hash(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def default_plan() -> Plan:
-    """The plan that `kvwise study` runs when none is given."""
-    return read_plan_text(default_plan_text(), "the default plan")
-
-
-def default_plan_text() -> str:
-    """Its TOML, with comments."""
-    return files("kvwise.study").joinpath("default_plan.toml").read_text(encoding="utf-8")
-
-
-def quality_plan() -> Plan:
-    """The plan that `kvwise study --quality-only` runs when none is given."""
-    return read_plan_text(quality_plan_text(), "the quality plan")
-
-
-def quality_plan_text() -> str:
-    """Its TOML, with comments."""
-    return files("kvwise.study").joinpath("quality_plan.toml").read_text(encoding="utf-8")
-
-
-def paper_plan(paper: str) -> Plan:
-    """The plan whose figures stand beside those of a paper; PlanError for a paper that is not known."""
-    return read_plan_text(paper_plan_text(paper), f"the plan of {paper}")
-
-
-def paper_plan_text(paper: str) -> str:
-    """Its TOML, with comments."""
-    name = PAPERS.get(paper.removeprefix("arXiv:").removeprefix("arxiv:"))
-    if name is None:
-        known = ", ".join(PAPERS)
-        raise PlanError(f"no plan for the paper {paper!r}; known by their arXiv ids: {known} (Cake)")
-    return files("kvwise.study").joinpath(name).read_text(encoding="utf-8")
-
-
 def read_plan(path: Path) -> Plan:
     """Read a plan file; PlanError in one line if it cannot be."""
     if not path.is_file():
-        raise PlanError(f"{path} is no file; give a plan in TOML (`kvwise study plan --toml` prints one to start from)")
+        raise PlanError(f"{path} is no file; give a plan in TOML (`kvwise study plan` prints one to start from)")
     if path.stat().st_size > MAX_PLAN_BYTES:
         raise PlanError(f"{path} has {path.stat().st_size} bytes; a plan may have at most {MAX_PLAN_BYTES}")
     try:
@@ -282,7 +249,7 @@ def read_plan_text(text: str, where: str) -> Plan:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise PlanError(f"{where} is no TOML: {error}") from error
     if not data:
-        raise PlanError(f"{where} is empty; `kvwise study plan --toml` prints a plan to start from")
+        raise PlanError(f"{where} is empty; `kvwise study plan` prints a plan to start from")
     return read_plan_data(data, where)
 
 

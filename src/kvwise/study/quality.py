@@ -35,11 +35,15 @@ class Marked:
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """A strategy's answers, its outputs for their attestation, and KV bytes per token of context and answers."""
+    """A strategy's answers, its outputs for their attestation, and KV bytes per token of context and answers.
+
+    `num_heads` are the layers that store KV times the KV heads, in which a token can be kept or dropped.
+    """
 
     marks: tuple[Marked, ...]
     outputs: tuple[RequestOutput, ...]
     bytes_per_token: dict[str, float]
+    num_heads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +174,12 @@ def _examine(engine: EngineFace, sittings: Sequence[Sitting], scorer: _Scorer) -
         held[protocol] = _run(engine, sittings, scorer, protocol)
     outputs = tuple(scorer.outputs.values())
     # Of forks, several stand on one context, which says less about the strategy than about their number.
-    return Examined(tuple(scorer.marks()), outputs, held.get("multi-turn", next(iter(held.values()))))
+    per_token = held.get("multi-turn", next(iter(held.values())))
+    return Examined(tuple(scorer.marks()), outputs, per_token, engine.num_heads)
 
 
 def _run(engine: EngineFace, sittings: Sequence[Sitting], scorer: _Scorer, protocol: str) -> dict[str, float]:
-    meter = _Meter()
+    meter = _Meter(engine.block_bytes)
     places: dict[str, int] = {}
     for place, sitting in enumerate(sittings):
         if sitting.protocol == protocol:
@@ -202,6 +207,7 @@ def _params(sample: Sample) -> SamplingParams:
 class _Meter:
     """KV bytes per token, step by step."""
 
+    _block_bytes: int
     _running: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # tokens of prompt and output
     _samples: dict[str, list[float]] = field(default_factory=dict)  # per tier
 
@@ -219,7 +225,7 @@ class _Meter:
         prompts = {name: prompt for (name, _), (prompt, _) in self._running.items()}
         tokens = sum(prompts.values()) + sum(count for _, count in self._running.values())
         # Blocks that are only cached belong to requests that have ended.
-        cached = stats.blocks_cached * stats.pool_bytes // max(stats.blocks_total, 1)
+        cached = stats.blocks_cached * self._block_bytes
         for tier, used in stats.kv_bytes.items():
             own = used - cached if tier == "device" else used
             self._samples.setdefault(tier, []).append(own / tokens)

@@ -3,17 +3,20 @@
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from kvwise.study import pareto_page as pareto
 from kvwise.study import words
 from kvwise.study.findings import told_apart
 from kvwise.study.markup import bullets, table, who
 from kvwise.study.palette import short
-from kvwise.study.quality_charts import section_of
+from kvwise.study.quality_looks import section_of
 from kvwise.study.quality_words import findings, place, ranking
 from kvwise.study.scores import Basis, QualityFigures, TaskFigures
 from kvwise.study.summary import Study
 from kvwise.study.words import size
 
 Key = tuple[str, str]  # task, protocol
+
+MANY = 60  # strategies of a table that a reader must ask for
 
 
 def quality_section(study: Study, name: str, paint: dict[str, str]) -> str:
@@ -23,13 +26,19 @@ def quality_section(study: Study, name: str, paint: dict[str, str]) -> str:
     for q in mine:
         groups.setdefault((q.model, q.context), []).append(q)
     parts = [f'<p class="soft">{escape(text)}</p>' for text in meaning(mine)]
+    front = list(pareto.sentences(mine))
+    if front:
+        parts += [f"<h3>{pareto.HEADING}</h3>", bullets(front)]
+        parts += [pareto.pareto_section(everyone, paint) for everyone in pareto.by_place(mine).values()]
     for heading, sentences in findings(mine):
         parts += [f"<h3>{escape(heading)}</h3>", bullets(sentences)]
         if heading == "Told apart":
             parts.append(_apart_table(mine))
     for (model, context), here in groups.items():
-        parts.append(f"<h3>{escape(short(model))}, context {context}</h3>")
-        parts.append(_answers_table(here, paint))
+        answers = _answers_table(here, paint)
+        if len(here) > MANY:
+            answers = f"<details><summary>All {len(here)} strategies by task</summary>{answers}</details>"
+        parts += [f"<h3>{escape(short(model))}, context {context}</h3>", answers]
     return "\n".join(parts)
 
 

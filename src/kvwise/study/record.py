@@ -20,8 +20,8 @@ from kvwise.study.plan import Plan, plan_hash, read_plan
 from kvwise.study.rows import TABLES, CellResult, Row, Status, identity, schema
 from kvwise.study.toml import to_toml
 
-FORMAT = 3  # 3: columns of tiers and loading; they are empty in rows of format 2
-READABLE = (2, FORMAT)
+FORMAT = 4  # 3: columns of tiers and loading; 4: of what quality cells attest; they are empty in older rows
+READABLE = (2, 3, FORMAT)
 MARKER = "study.json"
 PLAN = "plan.toml"
 SCRATCH = "scratch"  # of disk tiers, while cells run
@@ -95,7 +95,7 @@ class StudyFolder:
         found, version = marked
         if version not in READABLE:
             raise UsageError(
-                f"{self.path} was written in format {version}; this kvwise reads formats 2 and {FORMAT}: choose "
+                f"{self.path} was written in format {version}; this kvwise reads {READABLE[0]} to {FORMAT}: choose "
                 f"another with --output, or read it with the kvwise that wrote it"
             )
         return found

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,9 @@ IDENTITY = {
     "idle_ttl_s": _REAL,
     "compute_share": _REAL,  # of a step's tokens; of loading cells
 }
-_ATTESTED = ("tokens_seen", "tokens_computed", "tokens_reused", "tokens_dropped", "tokens_fetched",
+_ATTESTED = ("tokens_seen", "tokens_computed", "tokens_reused", "tokens_dropped", "tokens_merged", "tokens_fetched",
              "fetch_candidates", "bytes_freed", "bytes_fetched", "tokens_loaded")  # fmt: skip
+_SUMMED = tuple(name for name in _ATTESTED if name != "tokens_reused")  # over the requests of a quality cell
 TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
     "cells": {
         "status": _TEXT,  # done | failed
@@ -82,6 +84,9 @@ TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
         "tokens_reused": _WHOLE,
         "num_parameters": _WHOLE,
         "kv_token_bytes": _WHOLE,
+        "num_heads": _WHOLE,  # layers that store KV times KV heads; this and all below: of quality cells
+        **dict.fromkeys(_SUMMED, _WHOLE),
+        "bits_per_element": _REAL,  # mean over requests
         **TIERS,
     },
     "requests": {
@@ -101,6 +106,7 @@ TABLES: Mapping[str, Mapping[str, pa.DataType]] = {
         "finish_reason": _TEXT,
         "error": _TEXT,
         **dict.fromkeys(_ATTESTED, _WHOLE),
+        "bits_per_element": _REAL,
         "did": _COUNTS,
         "miss": _TEXT,  # why the first block that was computed was not found
         **LOAD_REPORT,
@@ -238,6 +244,9 @@ def quality_result(cell: Cell, examined: Examined, facts: ModelFacts, wall_s: fl
         "num_parameters": facts.num_parameters,
         "kv_token_bytes": facts.kv_token_bytes,
         "kv_bytes_per_token": examined.bytes_per_token,
+        "num_heads": examined.num_heads,
+        **{name: sum(getattr(o.attestation, name) for o in examined.outputs) for name in _SUMMED},
+        "bits_per_element": fmean(o.attestation.bits_per_element for o in examined.outputs),
     }
     return CellResult(cell, Status.DONE, None, {"cells": [row], "answers": list(map(_answer_row, examined.marks))})
 
@@ -327,7 +336,7 @@ def _output_columns(output: RequestOutput) -> Row:
     steps = np.diff(times.token_times).tolist()
     first, count = times.first_token, len(output.token_ids)
     done = output.finish_reason is not None and output.finish_reason.value in ("length", "stop")
-    attested = {name: getattr(output.attestation, name) for name in _ATTESTED}
+    attested = {name: getattr(output.attestation, name) for name in (*_ATTESTED, "bits_per_element")}
     return attested | load_report(output) | {
         "miss": times.miss,
         "queue_s": None if times.first_scheduled is None else times.first_scheduled - times.arrival,

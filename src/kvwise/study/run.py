@@ -22,7 +22,7 @@ from kvwise.study.workloads import num_requests
 
 # Context tokens per second on one core, questions included: of the built-in model, and of one of a dozen million
 # parameters. What larger ones take is learned from their first cell.
-EXAM_RATE, EXAM_RATE_OTHERS = 12_000.0, 2_000.0
+EXAM_RATE, EXAM_RATE_OTHERS = 22_000.0, 2_000.0
 
 
 class Watcher(Protocol):

@@ -47,13 +47,33 @@ class TaskFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class Attested:
+    """What the methods say that they did, over all requests of a cell.
+
+    `dropped`, `merged` (dropped, but living on in others) and `kept` are shares of all tokens, of prompts and answers,
+    in every layer and KV head that stores; `read` is the share that a selection fetched of what it could have
+    fetched, None where there is none. `bits_per_element` of K and V when requests had settled; `freed` are bytes per
+    token that went back to the pool then; `reused` is the share of tokens that others had computed.
+    """
+
+    kept: float
+    dropped: float
+    merged: float
+    read: float | None
+    reused: float
+    bits_per_element: float
+    freed: float
+
+
+@dataclass(frozen=True, slots=True)
 class QualityFigures:
     """What one strategy costs in answers on one model and context length.
 
     `score` is the mean over exact tasks and records of accuracy over the full cache's accuracy on the same episodes,
     so that the full cache's own is 1; without tasks it is `top1`, the share of answer tokens on which the most likely
     one is that of the full cache. It is None if the full cache was not measured or knows no task. `left_out` names
-    the tasks that are in no score because the full cache answers too few of them.
+    the tasks that are in no score because the full cache answers too few of them. `attested` is None in rows that are
+    older than it.
     """
 
     model: str
@@ -66,6 +86,7 @@ class QualityFigures:
     kv_bytes_per_token: dict[str, float]
     basis: str = Basis.TASKS
     left_out: tuple[str, ...] = ()
+    attested: Attested | None = None
 
 
 def quality_figures(answers: Iterable[Row], cells: Iterable[Row]) -> list[QualityFigures]:
@@ -73,17 +94,34 @@ def quality_figures(answers: Iterable[Row], cells: Iterable[Row]) -> list[Qualit
     groups: dict[tuple[str, int], dict[Who, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in answers:
         groups[row["model"], row["context"]][who_of(row)].append(row)
-    held = {cell["cell"]: dict(cell["kv_bytes_per_token"] or {}) for cell in cells}
+    known = {cell["cell"]: cell for cell in cells}
     out = []
     for (model, context), by_who in sorted(groups.items()):
         full = next((_by_task(rows) for who, rows in by_who.items() if who.strategy == REFERENCE), {})
         for who, rows in sorted(by_who.items(), key=lambda item: item[0].order):
-            out.append(_figures(model, context, who, _by_task(rows), full, held.get(rows[0]["cell"], {})))
+            out.append(_figures(model, context, who, _by_task(rows), full, known.get(rows[0]["cell"], {})))
     return out
 
 
+def attested(cell: Row) -> Attested | None:
+    """What the row of a quality cell attests; None in rows of older formats."""
+    if not cell.get("num_heads") or not cell.get("tokens_seen"):
+        return None
+    places = cell["tokens_seen"] * cell["num_heads"]
+    dropped, merged = cell["tokens_dropped"] / places, cell["tokens_merged"] / places
+    return Attested(
+        kept=1.0 - dropped - merged,
+        dropped=dropped,
+        merged=merged,
+        read=cell["tokens_fetched"] / cell["fetch_candidates"] if cell["fetch_candidates"] else None,
+        reused=(cell["tokens_reused"] or 0) / cell["tokens_seen"],
+        bits_per_element=cell["bits_per_element"],
+        freed=cell["bytes_freed"] / cell["tokens_seen"],
+    )
+
+
 def _figures(
-    model: str, context: int, who: Who, mine: dict[Key, list[Row]], full: dict[Key, list[Row]], held: dict[str, float]
+    model: str, context: int, who: Who, mine: dict[Key, list[Row]], full: dict[Key, list[Row]], cell: Row
 ) -> QualityFigures:
     tasks = tuple(_task(*key, rows) for key, rows in mine.items())
     left_out = tuple(dict.fromkeys(task for (task, _), rows in full.items() if _graded(rows) and not _known(rows)))
@@ -94,7 +132,8 @@ def _figures(
         score, basis = _score(mine, full), Basis.TASKS
     if who.strategy == REFERENCE:  # what everything is measured by has no error against itself
         score, top1, kl = _exactly(score, 1.0), _exactly(top1, 1.0), _exactly(kl, 0.0)
-    return QualityFigures(model, context, who, tasks, score, top1, kl, held, basis, left_out)
+    held = dict(cell.get("kv_bytes_per_token") or {})
+    return QualityFigures(model, context, who, tasks, score, top1, kl, held, basis, left_out, attested(cell))
 
 
 def _by_task(rows: Sequence[Row]) -> dict[Key, list[Row]]:

@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvwise.study import pareto_page as pareto
 from kvwise.study import words
 from kvwise.study.loading_page import loading_tables, loading_values
 from kvwise.study.palette import Palette, short
@@ -27,7 +28,8 @@ def print_study(console: Console, study: Study, verdict: Verdict) -> None:
         here = [q for q in study.qualities if (q.model, q.context) == (model, context)]
         for protocol in dict.fromkeys(t.protocol for q in here for t in q.tasks):
             console.print(_answers(here, protocol, colours))
-    for heading, sentences in findings(study.qualities):
+    front = list(pareto.sentences(study.qualities))
+    for heading, sentences in [*([(pareto.HEADING, front)] if front else []), *findings(study.qualities)]:
         lines = (Text(f"  {sentence}") for sentence in sentences)
         console.print(Group(Text(f"\n{heading}", style="bold"), *lines))
     if study.loading:
@@ -160,6 +162,7 @@ def as_values(study: Study, verdict: Verdict) -> dict[str, Any]:
         "figures": [_plain(asdict(f)) for f in study.figures],
         "quality": [_plain(asdict(q)) for q in study.qualities],
         "findings": dict(findings(study.qualities)),
+        "pareto": pareto.pareto_values(study.qualities),
         "failed": [{"cell": r["cell"], "strategy": r["strategy"], "reason": r["reason"]} for r in study.failed],
         **loading_values(study, study.plan),
         "cells_left": study.num_left,

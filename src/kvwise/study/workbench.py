@@ -28,7 +28,7 @@ from kvwise.engine.engine import Engine
 from kvwise.engine.hierarchy.build import link_names
 from kvwise.engine.placement.choose import LINKS
 from kvwise.engine.sizing import kv_dtype
-from kvwise.methods.catalogue import parse
+from kvwise.methods.catalogue import catalogue, parse
 from kvwise.models.builtin import BUILTIN, builtin_folders
 from kvwise.models.load import load_model
 from kvwise.models.loaded import LoadedModel
@@ -67,6 +67,7 @@ class Workbench:
             known = ", ".join(dict.fromkeys([*LINKS, *link_names(ANY_TIERS)]))
             raise PlanError(f"links: no link is called {unknown[0]!r}; links: {known}")
         self._scratch = scratch
+        self._methods = catalogue().reading(*plan.methods)
         self.clock: Clock = MonotonicClock()
         self._plan = plan
         self._held: dict[str, LoadedModel] = {}
@@ -86,11 +87,11 @@ class Workbench:
 
     def check_strategy(self, text: str) -> None:
         """StrategyError if `text` is no strategy."""
-        parse(text)
+        parse(text, self._methods)
 
     def check_placement(self, text: str, placement: Placement) -> None:
         """PlanError if strategy `text` cannot be run there: a method that loads without tiers, a link that is none."""
-        method = parse(text).loading
+        method = parse(text, self._methods).loading
         if not method.default and not placement.tiers:
             raise PlanError(f'strategy {text!r}: {method.name} loads from tiers; add `tiers = [["host(size=256MiB)"]]`')
         specs = [tier_spec(tier, Path("folder")) for tier in placement.tiers]
@@ -100,14 +101,15 @@ class Workbench:
             raise PlanError(f"links: no link is called {unknown[0]!r} with these tiers; links: {', '.join(known)}")
 
     def idle_methods(
-        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0
+        self, text: str, did: Mapping[str, int], tokens_reused: int, num_loads: int = 0, heads_shared: int = 0
     ) -> tuple[str, ...]:
         """The methods that strategy `text` names and that, by these attested counts, did nothing.
 
-        A loading method that decided about `num_loads` requests did its work, also if it decided to compute.
+        A loading method that decided about `num_loads` requests did its work, also if it decided to compute; an
+        encoding did by which `heads_shared` heads store nothing, since their layers read another's KV.
         """
-        excused = {Axis.REUSE: tokens_reused, Axis.LOADING: num_loads}
-        named = (method for method in parse(text).methods() if not method.default)
+        excused = {Axis.REUSE: tokens_reused, Axis.LOADING: num_loads, Axis.ENCODING: heads_shared}
+        named = (method for method in parse(text, self._methods).methods() if not method.default)
         return tuple(m.name for m in named if not did.get(m.name) and not excused.get(m.axis))
 
     def facts(self, model: str) -> ModelFacts:
@@ -120,6 +122,7 @@ class Workbench:
             kv_token_bytes=_token_bytes(loaded, self._config(None)),
             weight_bytes=loaded.weight_bytes,
             num_parameters=loaded.num_parameters,
+            num_heads=loaded.num_layers * loaded.num_kv_heads,
             language=self._language(loaded),
             tokenizer=_reader(loaded),
         )
@@ -135,7 +138,7 @@ class Workbench:
 
         A strategy that loads nothing has no tiers, and only the links that it has.
         """
-        parsed = parse(strategy)
+        parsed = parse(strategy, self._methods)
         folder = self._folder(placement.tiers)
         tiers = () if parsed.loading.default else tuple(tier_spec(tier, folder) for tier in placement.tiers)
         speeds = link_speeds(self._plan) | link_table(placement.links)
@@ -153,7 +156,7 @@ class Workbench:
         """A fresh engine that loads."""
         loaded, folder = self._load(setup.model), self._folder((setup.tier,))
         token_bytes = _token_bytes(loaded, EngineConfig())
-        return _StudyLoader(setup, loaded, parse(setup.strategy), self.clock, token_bytes, folder)
+        return _StudyLoader(setup, loaded, parse(setup.strategy, self._methods), self.clock, token_bytes, folder)
 
     def _folder(self, tiers: Sequence[str]) -> Path:
         """A new folder, if one of the tiers may need it; it goes with the engine."""
@@ -251,6 +254,16 @@ class _StudyEngine(Engine):
     ) -> None:
         super().__init__(loaded, strategy, config, clock)
         self._folder = folder
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a whole block's KV."""
+        return self.memory.layout.block_bytes
+
+    @property
+    def num_heads(self) -> int:
+        """Layers that store KV, times KV heads."""
+        return self.memory.layout.num_layers * self.memory.layout.num_kv_heads
 
     def close(self) -> None:
         """Close the engine, then remove what its disk tier left."""

@@ -9,7 +9,10 @@ from kvwise.core.layout import KVLayout
 from kvwise.kernels.packed import PackedArena, PageFormat
 from kvwise.tiers.memory import allocate
 
-COLUMN_DTYPES = {"mass": torch.float32, "marked": torch.float32, "positions": torch.int32}
+
+def dtype_of(column: str) -> torch.dtype:
+    """What a column is made of: positions are whole numbers, all that methods keep are floats."""
+    return torch.int32 if column == "positions" else torch.float32
 
 
 class Arena:
@@ -36,14 +39,14 @@ class Arena:
         shape = (num_pages, layout.block_size, layout.head_dim)
         self.keys = allocate(shape, dtype, device)
         self.values = allocate(shape, dtype, device)
-        self.columns: dict[str, Tensor] = {name: allocate(shape[:2], COLUMN_DTYPES[name], device) for name in columns}
+        self.columns: dict[str, Tensor] = {name: allocate(shape[:2], dtype_of(name), device) for name in columns}
         self.packed: PackedArena | None = None
         self.packed_columns: dict[str, Tensor] = {}
         if page_format is not None:
             halves = [half.view(num_blocks, -1).view(torch.uint8) for half in (self.keys, self.values)]
             self.packed = PackedArena((halves[0], halves[1]), page_format)
             shape = (self.packed.num_pages, page_format.page_tokens, 1)
-            self.packed_columns = {name: allocate(shape[:2], COLUMN_DTYPES[name], device) for name in columns}
+            self.packed_columns = {name: allocate(shape[:2], dtype_of(name), device) for name in columns}
 
     @property
     def num_bytes(self) -> int:
@@ -58,7 +61,7 @@ class Arena:
 
 def block_bytes(layout: KVLayout, columns: Iterable[str] = (), page_format: PageFormat | None = None) -> int:
     """Bytes one block takes in an arena with these columns, also those of packed pages in this format."""
-    column_bytes = sum(COLUMN_DTYPES[name].itemsize for name in columns)
+    column_bytes = sum(dtype_of(name).itemsize for name in columns)
     slots = layout.pages_per_block * layout.block_size
     if page_format is not None:
         slots += packed_per_block(layout, page_format) * page_format.page_tokens

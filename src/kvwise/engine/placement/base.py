@@ -1,5 +1,6 @@
 """The seam of placement: what happens to a request's KV between its prefill and its last token."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -51,8 +52,8 @@ class Placement(Protocol):
         """Make room for the next token of a settled sequence. False: no room now, nothing has changed."""
         ...
 
-    def part(self, sequences: Sequence[Seq], rows: slice) -> Part:
-        """How a step reaches the KV of settled, decoding sequences (one new token each)."""
+    def part(self, sequences: Sequence[Seq], counts: Sequence[int], rows: slice) -> Part:
+        """How a step reaches the KV of settled sequences, with so many new tokens each: one, unless read in strides."""
         ...
 
     def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> list[Failure]:
@@ -82,3 +83,15 @@ class Placement(Protocol):
     def close(self) -> None:
         """End what runs in the background."""
         ...
+
+
+class ReadsInStrides(ABC):
+    """A placement whose sequences are settled from their admission on, in pages that it asks for itself."""
+
+    @abstractmethod
+    def start(self, sequence: Seq) -> bool:
+        """A sequence has a row, which holds nothing yet. False: no room now, nothing is held."""
+
+    @abstractmethod
+    def num_next(self, sequence: Seq) -> int:
+        """How many of its next tokens a step may compute at most; 0: its stride has been read."""

@@ -43,7 +43,7 @@ class BlockPlacement:
         """Never asked: nothing is settled."""
         raise AssertionError("no sequence is settled")
 
-    def part(self, sequences: Sequence[Seq], rows: slice) -> Part:
+    def part(self, sequences: Sequence[Seq], counts: Sequence[int], rows: slice) -> Part:
         """Never asked: nothing is settled."""
         raise AssertionError("no sequence is settled")
 

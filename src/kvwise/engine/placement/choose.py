@@ -11,6 +11,7 @@ from kvwise.core.clock import Clock
 from kvwise.core.config import EngineConfig
 from kvwise.core.errors import UnsupportedModel, UsageError
 from kvwise.core.layout import KVLayout, LayerMap
+from kvwise.core.method import Method
 from kvwise.core.strategy import Strategy
 from kvwise.engine.calibrate import calibrate, sample_blocks
 from kvwise.engine.hierarchy.build import link_names, make_hierarchy, make_tiers
@@ -20,18 +21,24 @@ from kvwise.engine.hierarchy.tables import codec_with_tables
 from kvwise.engine.hierarchy.tier import Tier
 from kvwise.engine.placement.base import Placement
 from kvwise.engine.placement.blocks import BlockPlacement
+from kvwise.engine.placement.demote import DemotePlacement
+from kvwise.engine.placement.heirs import Heir
+from kvwise.engine.placement.host_pool import HostPool
 from kvwise.engine.placement.pages import PagePlacement
 from kvwise.engine.placement.recall import RecallPlacement
-from kvwise.engine.placement.recall_part import Recall
+from kvwise.engine.placement.recall_fetch import Recall
 from kvwise.engine.placement.recall_tiers import RecallTiers
+from kvwise.engine.placement.strided import StridedPlacement
 from kvwise.engine.sizing import kv_dtype, max_model_len, num_device_blocks, num_host_blocks
 from kvwise.kernels import kernels_for
 from kvwise.kernels.base import Kernels
 from kvwise.methods.encoding.base import Encoding, EncodingShape
 from kvwise.methods.loading.base import Loading
 from kvwise.methods.retention.base import ResidualShape, Retention
+from kvwise.methods.retention.strided import Strided
 from kvwise.methods.selection.base import IndexShape, Selection
 from kvwise.models.loaded import LoadedModel
+from kvwise.models.rotation import Rotation, find_rotations
 from kvwise.policies.lru import LRU
 from kvwise.tiers.arena import Arena, block_bytes, packed_per_block
 from kvwise.tiers.codec.base import Codec
@@ -82,7 +89,17 @@ def make_memory(loaded: LoadedModel, strategy: Strategy, config: EngineConfig, c
     cache = _manager(loaded, config, layout, num_blocks, clock, identity, sharing=sharing, packed_per_block=num_packed)
     placement: Placement
     if not selection.default:
-        placement = _recall(loaded, selection, config, layout, dtype, clock, cache, arena, kernels)
+        recall, host = _recall(loaded, selection, config, layout, dtype, clock, arena, kernels)
+        if retention.drops:
+            placement = DemotePlacement(
+                recall,
+                host,
+                lambda demoter: _pages(loaded, retention, encoding, config, cache, arena, kernels, demoter),
+            )
+        else:
+            placement = RecallPlacement(recall, cache, host)
+    elif isinstance(retention, Strided) and retention.drops:
+        placement = _strided(loaded, retention, config, cache, arena, kernels)
     elif retention.drops or page_format is not None:
         placement = _pages(loaded, retention, encoding, config, cache, arena, kernels)
     else:
@@ -103,13 +120,15 @@ def _columns(retention: Retention) -> list[str]:
     """What must be known of each token beside its keys and values."""
     if not retention.drops:
         return []
+    if isinstance(retention, Strided):
+        return ["positions", "mass", *retention.columns]
     received = ["mass"] if retention.needs_mass or retention.marks_rows else []
     return ["positions", *received, *(["marked"] if retention.marks_rows else [])]
 
 
 def _pages(
     loaded: LoadedModel, retention: Retention, encoding: Encoding, config: EngineConfig, cache: CacheManager,
-    arena: Arena, kernels: Kernels,
+    arena: Arena, kernels: Kernels, demoter: Heir | None = None,
 ) -> PagePlacement:  # fmt: skip
     layout = arena.layout
     shape = ResidualShape(
@@ -118,7 +137,22 @@ def _pages(
     )  # fmt: skip
     residual = retention.residual(shape) if retention.drops else None
     layers = [loaded.layers[layer] for layer in layout.layers.stored]
-    return PagePlacement(retention, encoding, cache, arena, kernels, layers, config.max_num_seqs, residual)
+    return PagePlacement(retention, encoding, cache, arena, kernels, layers, config.max_num_seqs, residual, demoter)
+
+
+def _strided(
+    loaded: LoadedModel, retention: Strided, config: EngineConfig, cache: CacheManager, arena: Arena, kernels: Kernels
+) -> StridedPlacement:
+    _refuse_windows(loaded, retention, config)
+    rotations: list[Rotation] = []
+    if retention.turns:
+        try:
+            found = find_rotations(loaded, kernels)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{error}: {retention.name} needs positions=original there") from error
+        rotations = [found[layer] for layer in arena.layout.layers.stored]
+    group = loaded.num_query_heads // arena.layout.num_kv_heads
+    return StridedPlacement(retention, cache, arena, kernels, rotations, group, config.max_num_seqs)
 
 
 def _check_tiers(strategy: Strategy, config: EngineConfig) -> None:
@@ -193,17 +227,23 @@ def _manager(
     )
 
 
-def _recall(
-    loaded: LoadedModel, selection: Selection, config: EngineConfig, layout: KVLayout, dtype: torch.dtype,
-    clock: Clock, cache: CacheManager, arena: Arena, kernels: Kernels,
-) -> RecallPlacement:  # fmt: skip
+def _refuse_windows(loaded: LoadedModel, method: Method, config: EngineConfig) -> None:
+    """Some methods know of no sliding windows: they serve texts that do not outgrow them."""
     longest = max_model_len(loaded, config)
     windows = [layer.window for layer in loaded.layers if layer.window is not None and layer.window < longest]
     if windows:
         raise UnsupportedModel(
-            f"{selection.name} cannot serve {loaded.name} beyond its sliding window of {min(windows)} tokens: "
+            f"{method.name} cannot serve {loaded.name} beyond its sliding window of {min(windows)} tokens: "
             f"set max_model_len to at most {min(windows)}, or use another strategy"
         )
+
+
+def _recall(
+    loaded: LoadedModel, selection: Selection, config: EngineConfig, layout: KVLayout, dtype: torch.dtype,
+    clock: Clock, arena: Arena, kernels: Kernels,
+) -> tuple[Recall, HostPool]:  # fmt: skip
+    """A calibrated index, and the host's side."""
+    _refuse_windows(loaded, selection, config)
     softcaps = tuple(layer.softcap for layer in loaded.layers)
     shape = IndexShape(
         layout.num_layers, loaded.num_query_heads, layout.num_kv_heads, layout.head_dim, loaded.device, softcaps
@@ -223,4 +263,4 @@ def _recall(
     )
     recall = Recall(selection, index, tiers, loaded.layers, config.audit)
     host_cache = _manager(loaded, config, layout, num_blocks, clock, _identity(loaded, layout, dtype), sharing=False)
-    return RecallPlacement(recall, cache, host_cache)
+    return recall, HostPool(host_cache, tiers, selection.kept_steps)

@@ -1,6 +1,6 @@
 """Evicting: who leaves while a settled request decodes, one token for one, in sweeps, or by whole packed pages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kvwise.cache.manager import CacheManager
 from kvwise.engine.placement.base import Failure
-from kvwise.engine.placement.marking import mark, slots_in
-from kvwise.engine.placement.page_state import Heads, Ints, PageState
+from kvwise.engine.placement.heirs import Folding, Heir
+from kvwise.engine.placement.marking import mark
+from kvwise.engine.placement.page_state import Counts, Heads, Ints, PageState
 from kvwise.engine.placement.sealing import Sealer
 from kvwise.engine.placement.settling import PromptKV
 from kvwise.engine.sequence import Sequence as Seq
@@ -26,12 +27,13 @@ class Evictor:
 
     Tokens in open pages leave one by one: the next token takes a victim's slot, or a sweep moves what stays together.
     Packed tokens share their page's codes, so they leave by whole pages, the one worth least on average first, as soon
-    as a head holds a page more than it may. Whoever leaves is folded into the `residual`, if the method has one.
+    as a head holds a page more than it may. The heirs are told of whoever leaves: what is folded into the `residual`,
+    if the method has one, and a `demoter`, which brings them back.
     """
 
     def __init__(
         self, retention: Retention, cache: CacheManager, arena: Arena, kernels: Kernels, state: PageState,
-        sealer: Sealer | None, residual: Residual | None, group: int,
+        sealer: Sealer | None, residual: Residual | None, demoter: Heir | None, group: int,
     ) -> None:  # fmt: skip
         self._retention = retention
         self._cache = cache
@@ -39,19 +41,23 @@ class Evictor:
         self._kernels = kernels
         self._state = state
         self._sealer = sealer
-        self._residual = residual
+        self._heirs: list[Heir] = [] if residual is None else [Folding(residual, state.device)]
+        self._heirs += [] if demoter is None else [demoter]
+        self._demotes = demoter is not None
         self._group = group  # query heads of a KV head
         self._size = arena.layout.block_size
 
     def leave_prompt(self, row: int, kept: Kept, prompt: PromptKV) -> None:
         """The prompt's tokens that do not stay leave, before anything is moved."""
-        if self._residual is None:
+        if not self._heirs:
             return
-        self._residual.start(row)
+        for heir in self._heirs:
+            heir.start(row, kept)
         for layer in range(kept.mask.shape[0]):
             head, token = (~kept.mask[layer]).nonzero(as_tuple=True)
-            rows, layers = torch.full_like(head, row), torch.full_like(head, layer)
-            self._residual.fold(rows, layers, head, prompt.keys(layer)[head, token], prompt.values(layer)[head, token])
+            places = head.cpu().numpy()
+            heads = Heads(np.full_like(places, row), np.full_like(places, layer), places)
+            self._tell(heads, prompt.keys(layer)[head, token], prompt.values(layer)[head, token], token)
 
     def after_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """The step's tokens are stored and have attended: heads that hold more than they may let somebody go."""
@@ -82,17 +88,23 @@ class Evictor:
     def _mark(self, rows: Ints, sequences: Sequence[Seq]) -> None:
         """Tokens that the new row attends to (at least 1 / number of keys, on average of the group) are marked."""
         state = self._state
-        used, widths = self._used(rows)
-        index = state.on_device(rows)
-        mass, marked = [self._arena.columns["mass"]], [self._arena.columns["marked"]]
-        slots = [slots_in(state.tables[index][..., : widths[1]], self._size)]
-        if self._sealer is not None:
-            columns = self._sealer.columns
-            mass, marked = [columns["mass"], *mass], [columns["marked"], *marked]
-            slots = [slots_in(state.packed[index][..., : widths[0]], self._sealer.page_tokens), *slots]
         bound = self._group / state.on_device(state.used[rows]).float()
-        position = torch.tensor([s.num_computed - 1 for s in sequences], device=state.device)
-        mark(mass, marked, slots, used, bound, position)
+        position = torch.tensor([s.num_computed - 1.0 for s in sequences], device=state.device)
+        position = position[:, None, None].expand_as(bound)
+        tables, held = state.tables[state.on_device(rows)], state.num_open[rows]
+        self._mark_pages(self._arena.columns, tables, held, self._size, bound, position)
+        if self._sealer is not None:
+            packed, size = state.packed[state.on_device(rows)], self._sealer.page_tokens
+            self._mark_pages(self._sealer.columns, packed, state.key_length[rows], size, bound, position)
+
+    def _mark_pages(
+        self, columns: Mapping[str, Tensor], tables: Tensor, held: Counts, size: int, bound: Tensor, position: Tensor
+    ) -> None:
+        """Mark in the pages that hold `held` [B, L, H] tokens, each page full but the last."""
+        num_pages = self._state.on_device(-(-held // size))[..., None]
+        mine = torch.arange(tables.shape[-1], device=tables.device) < num_pages
+        of_page = [part[..., None].expand_as(mine)[mine] for part in (bound, position)]
+        mark(columns["mass"], columns["marked"], tables[mine].long(), of_page[0], of_page[1])
 
     # -- one for one --------------------------------------------------------------------------------------------
 
@@ -113,51 +125,75 @@ class Evictor:
             self._attest(sequence, count)
 
     def _leave(self, rows: Ints, over: Bools, victims: Tensor) -> None:
-        if self._residual is None:
+        if not self._heirs:
             return
         b, layer, head = np.nonzero(over)
         heads = Heads(rows[b], layer, head)
         index: Ints = victims.cpu().numpy()[over]
         tokens: Ints = index + self._state.open_base[heads.place]
-        self._fold(heads, self._state.open_slots(heads, tokens))
+        self._leave_slots(heads, self._state.open_slots(heads, tokens))
 
-    def _fold(self, heads: Heads, slots: Tensor) -> None:
-        assert self._residual is not None
-        keys, values = (self._kernels.gather(a, slots).float() for a in (self._arena.keys, self._arena.values))
-        rows, layers, places = (self._state.on_device(part) for part in heads.place)
-        self._residual.fold(rows, layers, places, keys, values)
+    def _leave_slots(self, heads: Heads, slots: Tensor) -> None:
+        arena = self._arena
+        self._tell(
+            heads, *(self._kernels.gather(a, slots) for a in (arena.keys, arena.values, arena.columns["positions"]))
+        )
+
+    def _tell(self, heads: Heads, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        for heir in self._heirs:
+            heir.take(heads, keys, values, positions)
 
     # -- whole packed pages -------------------------------------------------------------------------------------
 
     def _drop_pages(self, sequences: Sequence[Seq]) -> None:
-        """In each head over its limit by a page or more, the packed pages worth least on average leave."""
-        assert self._sealer is not None
-        rows, state, size = _rows(sequences), self._state, self._sealer.page_tokens
-        over = (state.used[rows].astype(np.int64) - state.limit[rows]) // size
-        sealed = state.value_length[rows] // size
-        left = np.clip(np.minimum(over, sealed), 0, None)
-        if not left.any():
+        """In each head over its limit by a page or more, the packed pages worth least on average leave.
+
+        A page with a token that must stay is not among them. Its other tokens that are worth less than whole pages
+        would leave before these if they could: what they take counts as if the head might hold it.
+        """
+        rows, state, size = _rows(sequences), self._state, self._page_tokens
+        over = state.used[rows].astype(np.int64) - state.limit[rows]
+        left = self._num_loose(rows)
+        if not ((over >= size) & (left > 0)).any():
             return
         view = self._view(sequences)
         width = self._packed_width(rows)
-        pages = self._worth(view)[..., : width * size].reshape(*view.used.shape[:-1], width, size).mean(-1)
-        whole = torch.arange(width, device=pages.device) < state.on_device(sealed)[..., None]
-        pages = pages.masked_fill(~whole, torch.inf)
+        worth = self._worth(view)[..., : width * size].reshape(*view.used.shape[:-1], width, size)
+        whole = torch.arange(width, device=worth.device) < state.on_device(state.value_length[rows] // size)[..., None]
+        pages = worth.mean(-1).masked_fill(~whole, torch.inf)
+        bound = worth.masked_fill(~(whole & pages.isinf())[..., None], torch.inf).flatten(-2)
         gone = np.zeros(tuple(pages.shape), np.bool_)
-        while left.any():
-            lowest, least = (part.cpu().numpy() for part in pages.min(-1))
-            left[~np.isfinite(lowest)] = 0
-            b, layer, head = np.nonzero(left)
-            gone[b, layer, head, least[b, layer, head]] = True
+        while True:
+            lowest, least = pages.min(-1)
+            kept: Ints = (bound < lowest[..., None]).sum(-1).cpu().numpy()
+            goes = (left > 0) & (over - kept >= size) & lowest.isfinite().cpu().numpy()
+            if not goes.any():
+                break
+            b, layer, head = np.nonzero(goes)
+            gone[b, layer, head, least.cpu().numpy()[goes]] = True
             pages.masked_fill_(state.on_device(gone), torch.inf)
-            left[b, layer, head] -= 1
+            over[goes] -= size
+            left[goes] -= 1
         self._drop(sequences, gone)
+
+    def _num_loose(self, rows: Ints) -> Ints:
+        """Packed pages [B, L, H] that may leave: not so many that open slot 0 would belong to a token before the first.
+
+        A page shorter than a block is packed before all of its block's open slots are, and these are let go together.
+        """
+        state = self._state
+        return np.asarray(np.minimum(state.value_length[rows], state.open_base[rows]) // self._page_tokens, np.int64)
+
+    @property
+    def _page_tokens(self) -> int:
+        assert self._sealer is not None
+        return self._sealer.page_tokens
 
     def _drop(self, sequences: Sequence[Seq], gone: Bools) -> None:
         """The packed pages `gone` [B, L, H, M] leave."""
         assert self._sealer is not None
         state, size = self._state, self._sealer.page_tokens
-        self._fold_pages(_rows(sequences), gone)
+        self._leave_pages(_rows(sequences), gone)
         for sequence, mine in zip(sequences, gone, strict=True):
             row = sequence.row
             assert row is not None
@@ -172,8 +208,8 @@ class Evictor:
                 part[row] -= count
             self._attest(sequence, int(count.sum()))
 
-    def _fold_pages(self, rows: Ints, gone: Bools) -> None:
-        if self._residual is None or not gone.any():
+    def _leave_pages(self, rows: Ints, gone: Bools) -> None:
+        if not self._heirs or not gone.any():
             return
         assert self._sealer is not None
         b, layer, head, nth = np.nonzero(gone)
@@ -181,8 +217,9 @@ class Evictor:
         size = self._sealer.page_tokens
         pages = self._state.packed_slots(heads, nth * size, size) // size
         keys, values = self._kernels.unseal(self._sealer.packed, pages)
-        rows_, layers, places = (self._state.on_device(np.repeat(part, size)) for part in heads.place)
-        self._residual.fold(rows_, layers, places, keys.flatten(0, 1), values.flatten(0, 1))
+        positions = self._sealer.columns["positions"][pages].flatten()
+        tokens = np.repeat(np.arange(len(heads)), size)
+        self._tell(heads[tokens], keys.flatten(0, 1), values.flatten(0, 1), positions)
 
     # -- sweeps -------------------------------------------------------------------------------------------------
 
@@ -203,7 +240,8 @@ class Evictor:
         width = self._packed_width(rows)
         some = stays[..., : width * size].reshape(*view.used.shape[:-1], width, size).any(-1).cpu().numpy()
         whole = np.arange(width) < (self._state.value_length[rows] // size)[..., None]
-        self._drop(sequences, whole & ~some)
+        gone = whole & ~some
+        self._drop(sequences, gone & (gone.cumsum(-1) <= self._num_loose(rows)[..., None]))
 
     def _compact(self, sequence: Seq, stays: Tensor, used: Tensor) -> None:
         """Move what stays [L, H, S] to the front of its head's pages and free the others."""
@@ -212,8 +250,8 @@ class Evictor:
         gone = used & ~stays
         if not bool(gone.any()):
             return
-        if self._residual is not None:
-            self._fold(*self._places(row, gone))
+        if self._heirs:
+            self._leave_slots(*self._places(row, gone))
         layer, head, index = stays.nonzero(as_tuple=True)
         rank = (stays.cumsum(-1) - 1)[layer, head, index]
         tables = state.tables[row].long()
@@ -250,7 +288,7 @@ class Evictor:
         state = self._state
         num_open = max(1, int(-(-state.num_open[rows].max() // self._size)))
         base = state.on_device(state.open_base[rows])[..., None]
-        token = torch.arange(num_open * self._size, device=state.device) + base
+        token = torch.arange(num_open * self._size, dtype=torch.int32, device=state.device) + base
         used = token < state.on_device(state.used[rows])[..., None]
         if self._sealer is None:
             return used, (0, num_open)
@@ -267,11 +305,9 @@ class Evictor:
         rows, state = _rows(sequences), self._state
         index = state.on_device(rows)
         used, (num_packed, num_open) = self._used(rows)
-        tables = state.tables[index][..., :num_open].long()
-        columns = {name: column[tables].flatten(-2) for name, column in self._arena.columns.items()}
+        columns = _in_order(self._arena.columns, state.tables[index, ..., :num_open])
         if self._sealer is not None:
-            packed = state.packed[index][..., :num_packed].long()
-            sealed = {name: column[packed].flatten(-2) for name, column in self._sealer.columns.items()}
+            sealed = _in_order(self._sealer.columns, state.packed[index, ..., :num_packed])
             columns = {name: torch.cat([sealed[name], column], -1) for name, column in columns.items()}
         return DecodeView(
             columns["positions"],
@@ -303,8 +339,17 @@ class Evictor:
 
     def _attest(self, sequence: Seq, count: int) -> None:
         told, name = sequence.attestation, self._retention.name
-        told.tokens_dropped += count
+        if self._demotes:
+            told.tokens_demoted += count
+        else:
+            told.tokens_dropped += count
         told.did[name] = told.did.get(name, 0) + count
+
+
+def _in_order(columns: Mapping[str, Tensor], tables: Tensor) -> dict[str, Tensor]:
+    """Columns [P, size] by page tables int32 [..., N]: [..., N * size]."""
+    pages, shape = tables.flatten(), (*tables.shape[:-1], -1)
+    return {name: column.index_select(0, pages).view(shape) for name, column in columns.items()}
 
 
 def _rows(sequences: Sequence[Seq]) -> Ints:

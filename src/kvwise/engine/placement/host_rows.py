@@ -18,6 +18,7 @@ class HostRows:
 
     def __init__(self, tiers: RecallTiers, keep: int) -> None:
         self.blocks: Int64 = np.zeros(0, dtype=np.int64)
+        self.read: dict[int, Int64] = {}  # layer -> [H, n]: rows the last step read
         self._tiers = tiers
         self._layout = tiers.layout
         self._keep = keep
@@ -74,6 +75,7 @@ class HostRows:
 
     def stage(self, layer: int, chosen: Int64, own: int | None) -> Staged:
         """Have the chosen rows [H, n] lie in front of this layer's staging pages, and `own` behind them."""
+        self.read[layer] = chosen
         shelf = self._shelves.setdefault(layer, Shelf(self._layout.num_kv_heads, self._keep))
         plan = shelf.plan(chosen, own)
         before = self._pages.get(layer, np.zeros((len(chosen), 0), dtype=np.int64))

@@ -1,29 +1,16 @@
 """Marking: which held tokens the newest row attends to as more than one among all."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
-def mark(mass: Sequence[Tensor], marked: Sequence[Tensor], slots: Sequence[Tensor], used: Tensor, bound: Tensor,
-         position: Tensor) -> None:  # fmt: skip
-    """Note `position` [B] at every token whose mass of the last row is at least `bound` [B, L, H], and clear the mass.
+def mark(mass: Tensor, marked: Tensor, pages: Tensor, bound: Tensor, position: Tensor) -> None:
+    """Note a position at every slot whose mass of the last row is at least a bound, and clear the mass.
 
-    Tokens lie in several places: `mass[i]` and `marked[i]` are float32 columns, `slots[i]` int64 [B, L, H, S_i] slots
-    of them; `used` bool [B, L, H, S], S the sum of all S_i, tells which are tokens.
+    `mass` and `marked` are float32 columns [P, size]; `pages` int64 [n] are different pages, of heads whose bound is
+    `bound` float32 [n] and whose newest row is at `position` float32 [n], larger than any noted before. Slots of a page
+    that hold no token may be marked too: they start afresh when they are written.
     """
-    start = 0
-    for received, noted, where in zip(mass, marked, slots, strict=True):
-        mine = used[..., start : start + where.shape[-1]]
-        start += where.shape[-1]
-        got = received.view(-1)[where]
-        chosen = mine & (got >= bound[..., None])
-        noted.view(-1)[where[chosen]] = position[:, None, None, None].expand_as(where)[chosen].float()
-        received.view(-1)[where[mine]] = 0.0
-
-
-def slots_in(tables: Tensor, size: int) -> Tensor:
-    """All slots int64 [..., N * size] of page tables [..., N], in table order."""
-    inside = torch.arange(size, device=tables.device)
-    return (tables.long()[..., None] * size + inside).flatten(-2)
+    noted = (mass.index_select(0, pages) >= bound[:, None]).float().mul_(position[:, None])
+    marked.index_copy_(0, pages, torch.maximum(noted, marked.index_select(0, pages)))
+    mass.index_fill_(0, pages, 0.0)

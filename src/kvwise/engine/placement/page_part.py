@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -10,13 +11,25 @@ from kvwise.methods.retention.base import Residual
 from kvwise.tiers.arena import Arena
 
 
+class Further(Protocol):
+    """What each layer reads besides its pages, of the sequences of a part."""
+
+    def segment(self, layer: int, queries: Tensor, keys: Tensor | None) -> Segment | None:
+        """Rows for queries [B, Hq, D] with own keys [B, H, D], here by now; None: there are none."""
+        ...
+
+    def end(self, layer: int) -> None:
+        """The layer has read them."""
+        ...
+
+
 @dataclass
 class PagePart:
     """Settled sequences in pages of their own: tables int32 [L, B, H, N], lengths int32 [L, B, H].
 
     `slots` int64 [L, T, H] is where each head puts the new tokens (slots in page space): at the end, or where a victim
     was. `sealed`: each layer's packed pages. `residual`: what stands for tokens that have left, with the sequences'
-    `index` int64 [B].
+    `index` int64 [B]. `further`: what layers read besides their pages, in the same softmax.
     """
 
     rows: slice
@@ -31,6 +44,7 @@ class PagePart:
     mass: bool = False
     sealed: Sequence[Sealed] | None = None
     residual: Residual | None = None
+    further: Further | None = None
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor | None, values: Tensor | None, *, scale: float,
@@ -49,11 +63,15 @@ class PagePart:
             mass=self.arena.columns["mass"] if self.mass and owns else None,
             sealed=None if self.sealed is None else self.sealed[layer],
         )
+        more = None if self.further is None else self.further.segment(layer, queries, keys)
+        segments = [segment] if more is None else [segment, more]
         found = self.kernels.attend(
-            queries, self.query_start, [segment], scale=scale, window=window, softcap=softcap,
+            queries, self.query_start, segments, scale=scale, window=window, softcap=softcap,
             query_positions=self.query_positions if window is not None else None,
             want_lse=self.residual is not None,
         )  # fmt: skip
+        if self.further is not None:
+            self.further.end(layer)
         if self.residual is None:
             return found.out
         assert found.lse is not None

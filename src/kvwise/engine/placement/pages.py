@@ -10,6 +10,7 @@ from kvwise.cache.manager import CacheManager
 from kvwise.core.output import HeadReport
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.evicting import Evictor
+from kvwise.engine.placement.heirs import Heir
 from kvwise.engine.placement.observed import ObservedQueries
 from kvwise.engine.placement.page_part import PagePart
 from kvwise.engine.placement.page_state import UNLIMITED, Counts, PageState
@@ -39,6 +40,7 @@ class PagePlacement:
     def __init__(
         self, retention: Retention, encoding: Encoding, cache: CacheManager, arena: Arena, kernels: Kernels,
         layers: Sequence[LayerAttention], max_rows: int, residual: Residual | None = None,
+        demoter: Heir | None = None,
     ) -> None:  # fmt: skip
         self._retention = retention
         self._encoding = encoding
@@ -46,6 +48,7 @@ class PagePlacement:
         self._arena = arena
         self._kernels = kernels
         self._residual = residual
+        self._demoter = demoter
         self.wants_mass = retention.needs_mass and retention.drops
         self._tracks_mass = retention.drops and (retention.marks_rows or (self.wants_mass and retention.tracks_mass))
         self._device = arena.keys.device
@@ -56,7 +59,7 @@ class PagePlacement:
         self._observed = ObservedQueries(self.observed_rows)
         self._settler = Settler(retention, arena, kernels, layers, self._observed)
         group = layers[0].num_query_heads // layers[0].num_kv_heads
-        self._evictor = Evictor(retention, cache, arena, kernels, self._state, self._sealer, residual, group)
+        self._evictor = Evictor(retention, cache, arena, kernels, self._state, self._sealer, residual, demoter, group)
         self._quiet = np.zeros(max_rows, np.int64)  # tokens a row can still add before anything must be made room for
 
     # -- what it may hold ---------------------------------------------------------------------------------------
@@ -247,7 +250,7 @@ class PagePlacement:
                     return more - 2
         return quiet
 
-    def part(self, sequences: Sequence[Seq], rows: slice) -> PagePart:
+    def part(self, sequences: Sequence[Seq], counts: Sequence[int], rows: slice) -> PagePart:
         """The new tokens go where `write` says; columns of those slots start afresh."""
         state = self._state
         held = np.array([s.row for s in sequences], dtype=np.int64)
@@ -281,14 +284,16 @@ class PagePlacement:
         columns = self._arena.columns
         if "positions" in columns:
             columns["positions"].view(-1)[slots] = positions[:, None].expand(slots.shape)
-        if "mass" in columns:
-            columns["mass"].view(-1)[slots] = 0.0
+        for name in columns.keys() - {"positions"}:
+            columns[name].view(-1)[slots] = 0.0
 
     def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """Heads that hold more than they may give up victims, then what is due is packed."""
         rows = np.array([s.row for s in sequences], dtype=np.int64)
         self._state.note_ends(rows)
         failures = self._evictor.after_step(sequences) if self._retention.drops else []
+        if self._retention.sweep_interval is not None:
+            self._quiet[rows] = 0  # a sweep has given pages back
         if self._sealer is not None:
             self._pack_due(rows)
         return failures
@@ -313,7 +318,10 @@ class PagePlacement:
             lives_on = (kept.merge.key_weights != 0) | (kept.merge.value_weights != 0)
             merged = int((lives_on & ~kept.mask).sum())
         told.tokens_merged += merged
-        told.tokens_dropped += gone - merged
+        if self._demoter is None:
+            told.tokens_dropped += gone - merged
+        else:
+            told.tokens_demoted += gone
         if self._retention.drops:
             told.did[name] = told.did.get(name, 0) + gone
 
@@ -342,6 +350,11 @@ class PagePlacement:
         packed = float(self._state.key_length[row].sum() + self._state.value_length[row].sum()) / 2
         share = packed / float(self._state.used[row].sum())
         return share * self._sealer.packed.format.bits_per_element + (1 - share) * native
+
+    def num_leaving(self, sequence: Seq) -> Counts:
+        """How many tokens of each layer [L] leave behind the next one, of a method that gives up one for one."""
+        state, row = self._state, sequence.row
+        return np.asarray((state.used[row] >= state.limit[row]).any(1), dtype=np.int32)
 
     def kept_positions(self, sequence: Seq) -> list[list[list[int]]]:
         """Logical positions held by each layer and head, sorted: what the method has kept so far."""

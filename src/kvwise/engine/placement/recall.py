@@ -12,17 +12,21 @@ from kvwise.cache.manager import CacheManager
 from kvwise.core.output import HeadReport
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.compact import compact
+from kvwise.engine.placement.host_pool import HostPool
 from kvwise.engine.placement.host_rows import HostRows
-from kvwise.engine.placement.recall_part import AheadPart, OnDemandPart, Recall, RecallPart
+from kvwise.engine.placement.recall_fetch import Recall
+from kvwise.engine.placement.recall_part import AheadPart, RecallPart
+from kvwise.engine.placement.recall_reader import PromptObserver
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.models.attention import Observer
+
+Blocks = np.ndarray[tuple[int], np.dtype[np.int32]] | np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 
 @dataclass(slots=True)
 class _Held:
-    """What this placement holds for one sequence: its row in the host's cache, and stores that are under way."""
+    """What this placement holds for one sequence: its rows on the host, and stores that are under way."""
 
-    host_row: int
     rows: HostRows
     num_stored: int = 0  # tokens whose copy to the host has begun
     stores: list[Future[None]] = field(default_factory=list)
@@ -40,7 +44,7 @@ class RecallPlacement:
     settles = True
     wants_mass = False
 
-    def __init__(self, recall: Recall, cache: CacheManager, host_cache: CacheManager) -> None:
+    def __init__(self, recall: Recall, cache: CacheManager, host: HostPool) -> None:
         self.index = recall.index
         self.looks_ahead = recall.selection.looks_ahead
         self._recall = recall
@@ -49,7 +53,7 @@ class RecallPlacement:
         self._num_full_layers = recall.num_full_layers
         self._device = recall.tiers.device.keys.device
         self._cache = cache
-        self._host_cache = host_cache
+        self._host = host
         self._held: dict[Seq, _Held] = {}
 
     def observed_rows(self, sequence: Seq) -> int:
@@ -61,12 +65,8 @@ class RecallPlacement:
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
         """The host must hold all tokens of a request, and the device those of the full layers."""
         layout = self._layout
-        have = self._tiers.host.num_blocks * layout.block_size
-        if num_tokens > have:
-            return (
-                f"prompt of {num_prompt} tokens and its output need {num_tokens} tokens of host KV and the host tier "
-                f"holds {have}: raise kv_offloading_bytes, or lower max_tokens"
-            )
+        if refusal := self._host.refusal(num_tokens):
+            return f"prompt of {num_prompt} tokens and its output {refusal}"
         if int(self._num_pages(num_tokens).sum()) > self._tiers.device.num_blocks * layout.pages_per_block:
             return (
                 f"prompt of {num_prompt} tokens and its output need {num_tokens} tokens of device KV in "
@@ -76,43 +76,31 @@ class RecallPlacement:
         return None
 
     def admit(self, sequence: Seq) -> bool:
-        """Have a row in the host's cache with room for the prompt and its first token."""
-        keys = self._host_cache.keys(np.empty(0, dtype=np.int64))
-        row = self._host_cache.admit(self._host_cache.match(keys, 1), keys, 1)
-        if not self._host_cache.reserve(row, len(sequence.tokens) + 1):
-            self._host_cache.release(row)
-            return False
-        self._held[sequence] = _Held(row, HostRows(self._tiers, self._recall.selection.kept_steps))
-        return True
+        """Have room on the host for the prompt and its first token."""
+        rows = self._host.open(len(sequence.tokens) + 1)
+        if rows is not None:
+            self._held[sequence] = _Held(rows)
+        return rows is not None
 
     def fork(self, source: Seq, sibling: Seq) -> bool:
         """Room on the host and what the index has seen of the prompt; each fork settles by itself."""
         if not self.admit(sibling):
             return False
-        assert source.row is not None and sibling.row is not None
-        try:
-            self.index.fork(source.row, sibling.row)
-        except Exception as error:  # a method is somebody's code: only the sibling fails, when it settles
-            self._recall.failures.setdefault(sibling, error)
+        self._recall.fork(source, sibling)
         return True
 
     # -- prefill ------------------------------------------------------------------------------------------------
 
     def observer(self, prefills: Sequence[tuple[Seq, int]]) -> Observer | None:
         """The index sees each sequence's share of the flat batch."""
-        return _PromptObserver(self._recall, prefills) if prefills else None
+        return PromptObserver(self._recall, prefills) if prefills else None
 
     def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> list[Failure]:
         """Begin to copy the blocks that have become full to the host."""
         for sequence, _ in prefills:
             size = self._layout.block_size
             self._begin_store(sequence, sequence.num_computed // size * size)
-        return self._failed()
-
-    def _failed(self) -> list[Failure]:
-        failed = list(self._recall.failures.items())
-        self._recall.failures.clear()
-        return failed
+        return self._recall.failed()
 
     def _begin_store(self, sequence: Seq, until: int) -> None:
         """Copy the blocks that hold tokens `num_stored` to `until` to the host, all layers but the full ones."""
@@ -123,11 +111,11 @@ class RecallPlacement:
             return
         assert sequence.row is not None
         source = self._pages(self._cache.tables[sequence.row, first:last])
-        target = self._pages(self._host_cache.tables[held.host_row, first:last])
+        target = self._pages(held.rows.blocks[first:last])
         held.stores.append(self._tiers.begin_store(source, target))
         held.num_stored = until
 
-    def _pages(self, blocks: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Tensor:
+    def _pages(self, blocks: Blocks) -> Tensor:
         """Pages of these blocks, all layers but the full ones, in one order for both arenas."""
         inside = torch.arange(self._layout.page_offset(self._num_full_layers), self._layout.pages_per_block)
         return (_int64(blocks)[:, None] * self._layout.pages_per_block + inside).flatten()
@@ -171,7 +159,6 @@ class RecallPlacement:
         return kept.to(self._device)
 
     def _build_index(self, row: int, blocks: Tensor, num_tokens: int, held: _Held) -> None:
-        held.rows.blocks = self._host_cache.tables[held.host_row].astype(np.int64)
         for layer in range(self._num_full_layers, self._layout.num_layers):
             self.index.build(layer, row, self._tiers.device_keys(layer, blocks, num_tokens).transpose(0, 1))
             self._recall.follow_order(layer, row, held.rows)
@@ -183,7 +170,7 @@ class RecallPlacement:
         """Room for one more token, on the host and in the device pages of the full layers."""
         held = self._held[sequence]
         num_tokens = len(sequence.tokens)
-        if not self._host_cache.reserve(held.host_row, num_tokens):
+        if not self._host.reserve(held.rows, num_tokens):
             return False
         assert sequence.row is not None and held.tables is not None
         if not self._num_full_layers or num_tokens <= held.tables.shape[-1] * self._layout.block_size:
@@ -194,25 +181,27 @@ class RecallPlacement:
         held.tables = torch.from_numpy(pages).to(self._device)[: self._num_full_layers]
         return True
 
-    def part(self, sequences: Sequence[Seq], rows: slice) -> RecallPart:
+    def part(self, sequences: Sequence[Seq], counts: Sequence[int], rows: slice) -> RecallPart:
         """One new token for each of these sequences."""
         held = [self._held[s] for s in sequences]
-        for h in held:
-            h.rows.blocks = self._host_cache.tables[h.host_row].astype(np.int64)
-        kind = AheadPart if self.looks_ahead else OnDemandPart
+        kind = AheadPart if self.looks_ahead else RecallPart
         return kind(self._recall, sequences, rows, [h.rows for h in held], _side_by_side([h.tables for h in held]))
 
     def after_decode_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """Nothing to do: new tokens were stored layer by layer."""
-        return self._failed()
+        return self._recall.failed()
 
     # -- the rest -----------------------------------------------------------------------------------------------
 
     def explain(self, sequence: Seq) -> list[list[HeadReport]]:
-        """The full layers hold all tokens on the device; what the others read lies on the host."""
-        every = list(range(sequence.num_computed))
+        """The full layers hold all tokens on the device; what the others read came from the host."""
+        every, read = list(range(sequence.num_computed)), self._held[sequence].rows.read
+        nothing: list[list[int]] = [[]] * self._layout.num_kv_heads
         return [
-            [HeadReport(every if layer < self._num_full_layers else []) for _ in range(self._layout.num_kv_heads)]
+            [
+                HeadReport(every if layer < self._num_full_layers else [], recalled=sorted(rows))
+                for rows in (read[layer].tolist() if layer in read else nothing)
+            ]
             for layer in range(self._layout.num_layers)
         ]
 
@@ -224,8 +213,7 @@ class RecallPlacement:
         if held is not None:
             wait(held.stores)  # not result(): a copy that failed must not keep the request's memory
             self._tiers.finish_fetches()
-            held.rows.clear()
-            self._host_cache.release(held.host_row)
+            self._host.close(held.rows)
         if not self._held:
             self._tiers.staging.clear()
         self._recall.failures.pop(sequence, None)
@@ -233,7 +221,7 @@ class RecallPlacement:
     def kv_bytes(self) -> Mapping[str, int]:
         """Host blocks in use, and on the device the index and the staging pages."""
         return {
-            "host": self._host_cache.usage().num_referenced * self._layout.block_bytes,
+            "host": self._host.num_bytes,
             "device": self.index.num_bytes + self._tiers.staged_bytes,
         }
 
@@ -246,7 +234,7 @@ class RecallPlacement:
         self._tiers.close()
 
 
-def _int64(blocks: np.ndarray[tuple[int], np.dtype[np.int32]]) -> Tensor:
+def _int64(blocks: Blocks) -> Tensor:
     return torch.from_numpy(blocks.astype(np.int64))
 
 
@@ -255,25 +243,3 @@ def _side_by_side(tables: Sequence[Tensor | None]) -> Tensor:
     settled = [t for t in tables if t is not None]
     longest = max(t.shape[-1] for t in settled)
     return torch.stack([torch.nn.functional.pad(t, (0, longest - t.shape[-1])) for t in settled], dim=1)
-
-
-class _PromptObserver:
-    """Hands each sequence's rows of the flat batch to the index."""
-
-    def __init__(self, recall: Recall, prefills: Sequence[tuple[Seq, int]]) -> None:
-        self._recall = recall
-        self._prefills = prefills
-
-    def observe(self, layer: int, queries: Tensor, keys: Tensor) -> None:
-        """Cut the flat batch into sequences."""
-        if layer < self._recall.num_full_layers:
-            return
-        start = 0
-        for sequence, num_tokens in self._prefills:
-            assert sequence.row is not None
-            rows = slice(start, start + num_tokens)
-            try:
-                self._recall.index.observe(layer, sequence.row, queries[rows], keys[rows])
-            except Exception as error:  # a method is somebody's code: only its request fails, after the step
-                self._recall.failures.setdefault(sequence, error)
-            start += num_tokens

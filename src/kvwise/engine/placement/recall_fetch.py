@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.host_rows import HostRows
 from kvwise.engine.placement.recall_tiers import RecallTiers
 from kvwise.engine.placement.shelf import Int64
-from kvwise.engine.placement.staging import Staged
+from kvwise.engine.placement.staging import Staged, nothing
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.kernels.base import Segment
 from kvwise.methods.selection.base import Index, Selection
@@ -34,6 +35,20 @@ class Recall:
         """First layers that are read in full, in this model."""
         return self.selection.full_layers(len(self.layers))
 
+    def fork(self, source: Seq, sibling: Seq) -> None:
+        """What the index has seen of the prompt of `source` is that of `sibling` too."""
+        assert source.row is not None and sibling.row is not None
+        try:
+            self.index.fork(source.row, sibling.row)
+        except Exception as error:  # a method is somebody's code: only the sibling fails, when it settles
+            self.failures.setdefault(sibling, error)
+
+    def failed(self) -> list[Failure]:
+        """The failures so far, which are then forgotten."""
+        found = list(self.failures.items())
+        self.failures.clear()
+        return found
+
     def follow_order(self, layer: int, row: int, rows: HostRows) -> None:
         """Lay the host's rows in the order the index wants, if it wants one for rows that have none."""
         order = self.index.order(layer, row, rows.num_ordered(layer))
@@ -43,7 +58,9 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request that reads: `num_rows` of its rows may be named, and row `own`, if given, is read besides.
+    """A request that reads: its first `num_rows` rows may be named, and row `own`, if given, is read besides.
+
+    It may have no rows yet.
 
     The own row's slot is the one behind those that are fetched; who asks writes it there.
     """
@@ -94,7 +111,10 @@ class Fetch:
 def begin_fetch(recall: Recall, layer: int, asked: Sequence[Asked], queries: Tensor) -> Fetch:
     """Ask the method what each request reads for its query of [B, Hq, D], guessed or real, and begin to fetch it."""
     chosen = [_choose(recall, layer, one, queries[i]) for i, one in enumerate(asked)]
-    staged = [one.rows.stage(layer, rows, one.own) for one, rows in zip(asked, chosen, strict=True)]
+    staged = [
+        one.rows.stage(layer, rows, one.own) if rows.size else nothing(len(rows))
+        for one, rows in zip(asked, chosen, strict=True)
+    ]
     arrival = recall.tiers.begin_fetch(staged)
     for one, found in zip(asked, staged, strict=True):
         _attest(recall, one, found)
@@ -102,11 +122,16 @@ def begin_fetch(recall: Recall, layer: int, asked: Sequence[Asked], queries: Ten
 
 
 def _choose(recall: Recall, layer: int, one: Asked, query: Tensor) -> Int64:
-    """The rows [H, n] the method names; if it fails, any one, and the request ends after the step."""
+    """The rows [H, n] the method names; if it fails, any one, and the request ends after the step.
+
+    In a full layer, who asks at all reads every row.
+    """
     num_heads = recall.tiers.layout.num_kv_heads
     assert one.sequence.row is not None
+    if layer < recall.num_full_layers or not one.num_rows:
+        return np.tile(np.arange(one.num_rows), (num_heads, 1))
     try:
-        found = recall.index.choose(layer, one.sequence.row, query, recall.layers[layer].scale)
+        found = recall.index.choose(layer, one.sequence.row, query, recall.layers[layer].scale, one.num_rows)
         named: Int64 = found.cpu().numpy()
         _check(recall.selection, named, num_heads, one.num_rows)
     except Exception as error:  # a method is somebody's code: it may raise anything

@@ -48,6 +48,16 @@ class RecallTiers:
             else:
                 host[target] = device[source.to(device.device)].to(host.device)
 
+    def begin_store_rows(self, keys: Tensor, values: Tensor, slots: Int64) -> "Future[None]":
+        """Copy rows [n, D] from the device to host slots int64 [n] (page space), over the link."""
+        target = torch.from_numpy(slots)
+
+        def transfer() -> None:
+            for rows, host in ((keys, self.host.keys), (values, self.host.values)):
+                self.host_kernels.scatter(rows.to(host.device, host.dtype), host, target)
+
+        return self._store_link.begin(transfer, len(slots) * self.row_bytes)
+
     def begin_fetch(self, staged: Sequence[Staged]) -> "Future[None]":
         """Move rows within the staging pages and bring others from the host over the link: one transfer for all."""
         move_from, move_to, fetch_from, fetch_to = (

@@ -26,6 +26,12 @@ class Staged:
     fetch_to: Int64
 
 
+def nothing(num_heads: int) -> Staged:
+    """What a request reads that has no rows yet."""
+    none = np.zeros(0, dtype=np.int64)
+    return Staged(np.zeros((num_heads, 0), dtype=np.int64), 0, 0, *[none] * 4)
+
+
 class Staging:
     """Pages `keys` and `values` [P, block_size, D], lent out by number. It grows when all are lent."""
 

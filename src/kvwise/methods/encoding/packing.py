@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,9 @@ class Packing(Encoding):
         """See Encoding; nothing in native layers."""
         return self._where_packed(self._values_due(num_open.long(), settling=settling))
 
+    @abstractmethod
     def _keys_due(self, num_open: Tensor, *, settling: bool) -> Tensor:
         """`keys_due` of packed layers; `num_open` is int64."""
-        raise NotImplementedError
 
     def _values_due(self, num_open: Tensor, *, settling: bool) -> Tensor:
         """`values_due` of packed layers; `num_open` is int64."""

@@ -104,7 +104,7 @@ class Loading(Method):
     """How stored KV comes back. A subclass states `by_layer` and says what `decide`, `next_chunk`, `may_compute` do."""
 
     axis: ClassVar[Axis] = Axis.LOADING
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_PREFIX_KEYS})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.NEEDS_PREFIX_KEYS, Trait.SKIPS_ROWS})
     by_layer: ClassVar[bool] = False  # chunks name a layer; the rest of the prompt is computed while later ones come
 
     @property

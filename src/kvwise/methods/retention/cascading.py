@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from kvwise.core.method import Trait
-from kvwise.methods.retention.cascades import Cascades, cut
+from kvwise.methods.retention.cascades import Cascades, Places, Queue, cut, lay_out, queues_of
 from kvwise.methods.retention.strided import Floats, Ints, Layout, Moves, Strided, StrideView
 
 if TYPE_CHECKING:
@@ -93,14 +93,15 @@ class Cascading(Strided):
 
     def num_slots(self, num_prompt_tokens: int) -> int:
         """Sinks, the gap behind them, and the buffers."""
-        shape = self._cut(num_prompt_tokens)
-        return shape.starts[0] + shape.sizes[0]
+        return self._places(num_prompt_tokens).num_slots
 
     def start(self, num_prompt_tokens: int) -> Layout:
         """All buffers are empty."""
-        return self._cut(num_prompt_tokens).layout(0)
+        places = self._places(num_prompt_tokens)
+        empty = [Queue(start, size, 0, 0) for start, size in zip(places.starts, places.sizes, strict=True)]
+        return lay_out(places, empty, 0, turning=self.turns)
 
-    def _cut(self, num_prompt_tokens: int) -> Cascades:
+    def _places(self, num_prompt_tokens: int) -> Places:
         capacity = self.capacity(num_prompt_tokens)
         assert capacity is not None
         return cut(self.sinks, capacity - self.sinks, self.cascades, aligned=self.turns)
@@ -116,10 +117,34 @@ class Cascading(Strided):
     def arrange(self, layout: Layout, num_new: int, columns: Mapping[str, Floats]) -> Moves:
         """The tokens of the stride enter one by one."""
         assert isinstance(layout, Cascades)
-        shape = columns["score"].shape
-        score = columns["score"].reshape(-1, shape[-1])
-        held = np.tile(np.arange(shape[-1]), (len(score), 1))
-        before = layout
+        places, queues = layout.places, queues_of(layout)
+        num_layers, num_heads, num_slots = columns["score"].shape
+        score = columns["score"].reshape(-1, num_slots)
+        own = np.arange(max(num_slots, places.num_slots))
+        held = np.tile(own, (len(score), 1))  # the slot that each slot's token was in before
         for number in range(num_new):
-            layout = self._enter(layout, held, score, np.full(len(score), before.end + number))
-        raise NotImplementedError
+            self._enter(layout.num_tokens + number, layout.end + number, queues, held, score)
+        after = lay_out(places, queues, layout.num_tokens + num_new, turning=self.turns)
+        target = np.flatnonzero((held != own).any(0))
+        return Moves(after, target, held[:, target].reshape(num_layers, num_heads, -1))
+
+    def _enter(self, position: int, slot: int, queues: list[Queue], held: Ints, score: Floats) -> None:
+        """Token `position`, in `slot`, finds its place: `held` [n, S] of heads whose slots score [n, S]."""
+        rows, comer = np.arange(len(held)), np.full(len(held), slot)
+        if position < self.sinks:
+            held[:, position] = comer
+            return
+        since = position - self.sinks
+        filling = self.eager_fill and since < sum(queue.size for queue in queues)
+        for number, queue in enumerate(queues):
+            if queue.stored and since % 2**number and not filling:
+                rival = held[:, queue.newest if self.mode == "paper" else queue.oldest]
+                wins = score[rows, comer] >= score[rows, rival]
+                held[wins, queue.newest] = comer[wins]
+                return
+            if not queue.is_full:
+                held[:, queue.push()] = comer
+                return
+            leaver = held[:, queue.oldest].copy()
+            held[:, queue.push()] = comer
+            comer = leaver

@@ -45,11 +45,14 @@ class FeatureMaps:
         return gelu(gelu(queries @ self.query_in[layer]) @ self.query_out[layer]).abs()
 
     def psi(self, heads: Tensor, keys: Tensor) -> Tensor:
-        """Features [K, n, R] of rotated keys [K, n, D]; heads int64 [K] counts through all layers' KV heads."""
-        hidden = gelu(keys @ self.key_in.flatten(0, 1)[heads])
-        y = self.scale.flatten(0, 1)[heads].abs() * gelu(hidden @ self.key_out.flatten(0, 1)[heads])
-        crossed = y @ self.interaction.flatten(0, 1)[heads]
-        return (y + crossed * self.interaction_scale.flatten(0, 1)[heads]).abs()
+        """Features [K, n, R] of rotated keys [K, n, D]; heads int64 [K], ascending, counts through all layers."""
+        first, last = int(heads[0]), int(heads[-1])
+        # A run of heads, as a layer's or all of them, is read where it lies.
+        which = slice(first, last + 1) if last - first + 1 == len(heads) else heads
+        hidden = gelu(keys @ self.key_in.flatten(0, 1)[which])
+        y = self.scale.flatten(0, 1)[which].abs() * gelu(hidden @ self.key_out.flatten(0, 1)[which])
+        crossed = y @ self.interaction.flatten(0, 1)[which]
+        return (y + crossed * self.interaction_scale.flatten(0, 1)[which]).abs()
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""

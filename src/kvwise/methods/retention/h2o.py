@@ -9,7 +9,7 @@ import torch
 
 from kvwise.core.method import Trait
 from kvwise.methods.retention.base import DecodeView, Kept, PromptView, Retention
-from kvwise.methods.retention.budgets import HEADS, LAYERS
+from kvwise.methods.retention.budgets import HEADS, LAYERS, each_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +47,8 @@ class H2O(Retention):
         self.require("recent", 0 <= self.recent <= 1, "0 to 1")
         self.require("layers", self.layers in LAYERS, f"one of {', '.join(LAYERS)}")
         self.require("heads", self.heads in HEADS, f"one of {', '.join(HEADS)}")
+        if HEADS[self.heads] is not each_head:  # more than the class says
+            object.__setattr__(self, "traits", self.traits | {Trait.RAGGED_HEADS})
 
     @property
     def drops(self) -> bool:

@@ -10,7 +10,7 @@ from torch.nn.functional import max_pool1d, pad
 
 from kvwise.core.method import Trait
 from kvwise.methods.retention.base import Kept, PromptView, Retention, Spans
-from kvwise.methods.retention.budgets import HEADS, LAYERS
+from kvwise.methods.retention.budgets import HEADS, LAYERS, each_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,8 @@ class SnapKV(Retention):
         self.require("kernel", self.kernel >= 1, "at least 1")
         self.require("layers", self.layers in LAYERS, f"one of {', '.join(LAYERS)}")
         self.require("heads", self.heads in HEADS, f"one of {', '.join(HEADS)}")
+        if HEADS[self.heads] is not each_head:  # more than the class says
+            object.__setattr__(self, "traits", self.traits | {Trait.RAGGED_HEADS})
 
     @property
     def drops(self) -> bool:

@@ -58,11 +58,12 @@ class Index(ABC):
         """Index the keys [H, D] of one more token."""
 
     @abstractmethod
-    def choose(self, layer: int, row: int, query: Tensor, scale: float) -> Tensor:
-        """Tokens to read for query [Hq, D]: int64 [H, n], n >= 1 the same for every head.
+    def choose(self, layer: int, row: int, query: Tensor, scale: float, num_tokens: int) -> Tensor:
+        """Of the first `num_tokens` tokens those to read for query [Hq, D]: int64 [H, n], n >= 1 for every head alike.
 
         The query's own token is read in any case and is not named. A method that looks ahead is asked before that
-        token is added, with a guessed query; any other afterwards, with the real one.
+        token is added, with a guessed query. Any other is asked with the real one, afterwards, so that the own token
+        is the last of all; unless a retention method keeps it (see `Selection`).
         """
 
     def order(self, layer: int, row: int, first: int) -> Tensor | None:
@@ -85,7 +86,12 @@ class Index(ABC):
 
 @dataclass(frozen=True)
 class Selection(Method):
-    """A method that decides which stored tokens a query reads."""
+    """A method that decides which stored tokens a query reads.
+
+    Together with a retention method it decides which of the tokens that have left are read besides those that stay:
+    its index holds these alone, in the order in which they left, and its budget is a share of them. In the layers that
+    are read in full every one of them is fetched.
+    """
 
     axis: ClassVar[Axis] = Axis.SELECTION
     num_full_layers: ClassVar[int] = 0  # first layers that stay on the device and are read in full
@@ -113,9 +119,12 @@ class Selection(Method):
         return near(scores[..., :-1], math.inf, num)
 
 
-def likeliest(scores: Tensor, num: int) -> Tensor:
-    """The tokens int64 [H, num] with the largest attention, added up over the group; `scores` as in `best`."""
-    return scores.softmax(-1).sum(1)[..., :-1].topk(num, dim=-1).indices
+def likeliest(scores: Tensor, num_tokens: int, num: int) -> Tensor:
+    """Of the first `num_tokens` the tokens int64 [H, num] with the largest attention, added up over the group.
+
+    Scores are [H, G, T]; those after the first may be of tokens that are not to be named.
+    """
+    return scores.softmax(-1).sum(1)[..., :num_tokens].topk(num, dim=-1).indices
 
 
 def voted(scores: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class ClusterKV(Selection):
     name: ClassVar[str] = "clusterkv"
     idea: ClassVar[str] = "keep all KV in host memory and fetch the clusters of keys that a query points at"
     paper: ClassVar[str] = "ClusterKV, arXiv 2412.03213"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.RECALLS})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.RECALLS})
     num_full_layers: ClassVar[int] = 2
     looks_ahead: ClassVar[bool] = False
     grows: ClassVar[bool] = True
@@ -74,7 +74,7 @@ class ClusterKV(Selection):
 
     def best(self, scores: Tensor, num: int) -> Tensor:
         """The tokens with the largest probabilities, summed over the group."""
-        return likeliest(scores, num)
+        return likeliest(scores, scores.shape[-1] - 1, num)
 
     def most(self, num_tokens: int) -> int:
         """How many of so many tokens in clusters and sinks a query reads."""
@@ -156,14 +156,14 @@ class ClusterIndex(Index):
         sinks = torch.arange(found.sink, device=found.members.device).expand(len(found.members), -1)
         return torch.cat([sinks, found.members.long()], dim=1)[:, first:]
 
-    def choose(self, layer: int, row: int, query: Tensor, scale: float) -> Tensor:
-        """Sinks, the clusters with the best centroids, and the tokens since, but for the query's own."""
+    def choose(self, layer: int, row: int, query: Tensor, scale: float, num_tokens: int) -> Tensor:
+        """Sinks, the clusters with the best centroids, and the tokens since."""
         found = self.rows[row][layer]
         grouped = query.float().reshape(self.shape.num_kv_heads, -1, self.shape.head_dim)
         scores = voted(grouped @ found.centroids.transpose(-1, -2) * scale)
         ranking = scores.argsort(dim=-1, descending=True, stable=True)
         clustered = _fill(ranking, found.sizes.long(), found.members, self.method.most(found.num_indexed) - found.sink)
-        around = [torch.arange(found.sink), found.num_indexed + torch.arange(found.num_window - 1)]
+        around = [torch.arange(found.sink), torch.arange(found.num_indexed, num_tokens)]
         sinks, window = (tokens.to(query.device).expand(len(ranking), -1) for tokens in around)
         return torch.cat([sinks, clustered, window], dim=1)
 

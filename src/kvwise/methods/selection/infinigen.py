@@ -39,7 +39,7 @@ class InfiniGen(Selection):
     name: ClassVar[str] = "infinigen"
     idea: ClassVar[str] = "keep all KV in host memory and fetch what the next layer is guessed to need"
     paper: ClassVar[str] = "InfiniGen, arXiv 2406.19707"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.RECALLS})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.RECALLS})
     num_full_layers: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class InfiniGenIndex(Index):
         partial.keys[:, partial.num_tokens] = skewed.gather(-1, partial.columns)
         partial.num_tokens += 1
 
-    def choose(self, layer: int, row: int, query: Tensor, scale: float) -> Tensor:
+    def choose(self, layer: int, row: int, query: Tensor, scale: float, num_tokens: int) -> Tensor:
         """Tokens whose guessed score is within alpha of the best."""
         partial = self.rows[row][layer]
         assert partial.keys is not None and partial.columns is not None

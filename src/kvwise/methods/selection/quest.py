@@ -37,7 +37,7 @@ class Quest(Selection):
     name: ClassVar[str] = "quest"
     idea: ClassVar[str] = "keep all KV in host memory and fetch the pages whose bounds promise the highest scores"
     paper: ClassVar[str] = "Quest, arXiv 2406.10774"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.RECALLS})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.RECALLS})
     num_full_layers: ClassVar[int] = 2
     looks_ahead: ClassVar[bool] = False
 
@@ -57,7 +57,7 @@ class Quest(Selection):
 
     def best(self, scores: Tensor, num: int) -> Tensor:
         """The tokens with the largest probabilities, summed over the group."""
-        return likeliest(scores, num)
+        return likeliest(scores, scores.shape[-1] - 1, num)
 
 
 @dataclass(slots=True)
@@ -102,10 +102,9 @@ class QuestIndex(Index):
         held.high[:, page] = keys if inside == 0 else torch.maximum(held.high[:, page], keys)
         held.num_tokens += 1
 
-    def choose(self, layer: int, row: int, query: Tensor, scale: float) -> Tensor:
-        """The pages with the highest bounds, and the tokens behind them, but for the query's own."""
+    def choose(self, layer: int, row: int, query: Tensor, scale: float, num_tokens: int) -> Tensor:
+        """The pages with the highest bounds, and the tokens behind them."""
         held, size = self.rows[row][layer], self.method.page
-        num_tokens = held.num_tokens - 1
         most = max(1, int(self.method.budget * num_tokens))
         recent = min(num_tokens % size, most)
         newest = torch.arange(num_tokens - recent, num_tokens, device=query.device)

@@ -33,7 +33,7 @@ class TopK(Selection):
     name: ClassVar[str] = "topk"
     idea: ClassVar[str] = "keep all KV in host memory and fetch exactly what each query attends to most"
     paper: ClassVar[str] = "- (control)"
-    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.OWNS_PAGES, Trait.RECALLS})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.RECALLS})
     looks_ahead: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class TopK(Selection):
 
     def best(self, scores: Tensor, num: int) -> Tensor:
         """The tokens with the largest probabilities, summed over the group."""
-        return likeliest(scores, num)
+        return likeliest(scores, scores.shape[-1] - 1, num)
 
 
 @dataclass(slots=True)
@@ -91,8 +91,8 @@ class TopKIndex(Index):
         held.stored[:, held.num_tokens] = keys.to(held.stored.dtype)
         held.num_tokens += 1
 
-    def choose(self, layer: int, row: int, query: Tensor, scale: float) -> Tensor:
-        """The tokens before the query's own with the largest attention."""
+    def choose(self, layer: int, row: int, query: Tensor, scale: float, num_tokens: int) -> Tensor:
+        """The tokens with the largest attention."""
         held = self.rows[row][layer]
         keys = held.stored[:, : held.num_tokens].float()
         scores = query.float().reshape(self.shape.num_kv_heads, -1, self.shape.head_dim) @ keys.transpose(-1, -2)
@@ -100,7 +100,7 @@ class TopKIndex(Index):
         softcap = self.shape.softcaps[layer] if self.shape.softcaps else None
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        return self.method.best(scores, max(1, int(self.method.budget * (held.num_tokens - 1))))
+        return likeliest(scores, num_tokens, max(1, int(self.method.budget * num_tokens)))
 
     def drop(self, row: int) -> None:
         """Forget a request."""

@@ -1,0 +1,75 @@
+"""What a study says that a strategy holds is what the pool holds, reckoned by hand from the methods' rules."""
+
+from collections.abc import Callable
+from contextlib import closing
+from statistics import median
+
+import pytest
+
+from kvwise.study.built_in import methods_plan
+from kvwise.study.exam import Sitting, task_sittings
+from kvwise.study.quality import examine, reference
+from kvwise.study.workbench import Workbench
+
+MODEL = "builtin:recall"
+HEADS, PAGE = 8, 16  # layers x KV heads, tokens of a page
+ROW = 2 * 32 * 2  # bytes of a token in one head: K and V of 32 numbers in float16
+INT4_KEYS = 64 * 32 // 2 + 32 * 4  # 64 tokens: four bits a number, and per channel a step and a zero of two bytes
+INT4_VALUES = 64 * 32 // 2 + 64 * 4  # the same, with a step and a zero per token
+KEPT = 72  # h2o's half of a prompt of 144 tokens, in whole pages of 16
+
+
+def pages(tokens: int) -> int:
+    return -(-tokens // PAGE) * PAGE * ROW
+
+
+def whole(tokens: int) -> int:
+    return HEADS * pages(tokens)
+
+
+def heavy(tokens: int) -> int:
+    return HEADS * pages(KEPT)
+
+
+def four_bits(tokens: int) -> int:
+    sealed = tokens // 64
+    return HEADS * (sealed * (INT4_KEYS + INT4_VALUES) + pages(tokens - 64 * sealed))
+
+
+def heavy_in_four_bits(tokens: int) -> int:
+    return HEADS * (INT4_KEYS + INT4_VALUES + pages(KEPT - 64))
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench(methods_plan())
+
+
+@pytest.fixture(scope="module")
+def sitting(bench: Workbench) -> Sitting:
+    """A prompt of 144 tokens, two groups of int4 and a page, and so few questions that no third group is full."""
+    language = bench.facts(MODEL).language
+    assert language is not None
+    found = task_sittings(("early_fact",), ("multi-turn",), language, 144, num_answers=1, seed=0)[0]
+    assert len(found.context) == 144
+    assert 144 + found.samples[0].num_tokens < 192
+    return found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "held"),
+    [("full", whole), ("h2o(budget=0.5)", heavy), ("int4", four_bits), ("full+prefix", whole),
+     ("h2o(budget=0.5)+int4", heavy_in_four_bits), ("snapkv(budget=0.5)+prefix", None)],
+)  # fmt: skip
+def test_bytes_per_token_are_the_pools(
+    bench: Workbench, sitting: Sitting, strategy: str, held: Callable[[int], int] | None
+) -> None:
+    with closing(bench.engine(MODEL, "full", 1 << 22)) as engine:
+        full = reference(engine, [sitting])
+    with closing(bench.engine(MODEL, strategy, 1 << 22)) as engine:
+        found = examine(engine, full).bytes_per_token["device"]
+    lengths = range(144, 144 + sitting.samples[0].num_tokens - 1)
+    # snapkv keeps 72 tokens of the prompt, and all that is generated.
+    by_hand = held or (lambda tokens: HEADS * pages(KEPT + tokens - 144))
+    assert found == pytest.approx(median(by_hand(n) / n for n in lengths), rel=0.02), strategy
+    assert found > 0
