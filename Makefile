@@ -31,6 +31,7 @@ format: install
 docs: install
 	$(BIN)/python -m kvwise.models.support > docs/models.md
 	$(BIN)/python -m kvwise.tasks.page > docs/tasks.md
+	$(BIN)/python -m kvwise.methods.page > docs/methods.md
 
 install: $(STAMP)
 

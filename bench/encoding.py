@@ -6,7 +6,8 @@
 D 128, 32 query heads over 8 KV heads, 16k context, batch 8, two threads. Every format takes turns with fp16 pages of
 the same run and a loop that only reads memory. *limit* is what its bytes cost at the measured read bandwidth, and what
 is reached of it; *error* is the output's, relative to exact attention over the fp16 pages on normal noise, and what of
-it the integer products add to exact attention over the same codes. Sealing the tokens of a page (keys and values) of
+it the integer products add to exact attention over the same codes (think keeps channels drawn at random here: its
+error says nothing of the method). Sealing the tokens of a page (keys and values) of
 every head is compared with appending them from float32 rows as the model makes them: token by token as decode writes a
 page, and, for the record, all of them in one call as prefill does; one thread each.
 Gates: int4 >= 1.4x, 2-bit >= 1.5x, int8 >= 0.95x fp16; sealing a page below the price of writing it token by token.

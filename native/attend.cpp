@@ -150,7 +150,8 @@ class Attend {
 
     bool wants_mass(int32_t b) const {
         if (counted_queries(b) == 0) return false;
-        return std::any_of(segments_.begin(), segments_.end(), [](const Segment& s) { return s.mass || s.packed_mass; });
+        return std::any_of(segments_.begin(), segments_.end(),
+                           [](const Segment& s) { return s.mass || s.packed_mass; });
     }
 
     // A wrong page would read foreign memory: looking at every used table entry costs well under 1 % of reading its

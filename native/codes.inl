@@ -86,9 +86,12 @@ inline Bytes plane_quad(const char* words, int64_t step, int q) {
 template <int Bits>
 inline Bytes quad_codes(const char* const* words, int64_t step, int q) {
     if constexpr (Bits == 1 || Bits == 2 || Bits == 4 || Bits == 8) return plane_quad<Bits>(words[0], step, q);
-    if constexpr (Bits == 3) return merge(shift_up(plane_quad<2>(words[0], step, q), 1), plane_quad<1>(words[1], step, q));
-    if constexpr (Bits == 5) return merge(shift_up(plane_quad<4>(words[0], step, q), 1), plane_quad<1>(words[1], step, q));
-    if constexpr (Bits == 6) return merge(shift_up(plane_quad<4>(words[0], step, q), 2), plane_quad<2>(words[1], step, q));
+    if constexpr (Bits == 3)
+        return merge(shift_up(plane_quad<2>(words[0], step, q), 1), plane_quad<1>(words[1], step, q));
+    if constexpr (Bits == 5)
+        return merge(shift_up(plane_quad<4>(words[0], step, q), 1), plane_quad<1>(words[1], step, q));
+    if constexpr (Bits == 6)
+        return merge(shift_up(plane_quad<4>(words[0], step, q), 2), plane_quad<2>(words[1], step, q));
     if constexpr (Bits == 7) {
         const Bytes low = merge(shift_up(plane_quad<2>(words[1], step, q), 1), plane_quad<1>(words[2], step, q));
         return merge(shift_up(plane_quad<4>(words[0], step, q), 3), low);
@@ -113,8 +116,8 @@ struct Code {
 constexpr int kLaneVectors = Bytes::kLanes == 16 ? 1 : 2;
 
 template <int Bits, int R>
-inline void add_units(const char* const (*words)[kLaneVectors], int64_t step, const int8_t* weights, Bytes (*totals)[kLaneVectors],
-                      int32_t units) {
+inline void add_units(const char* const (*words)[kLaneVectors], int64_t step, const int8_t* weights,
+                      Bytes (*totals)[kLaneVectors], int32_t units) {
     Bytes sums[R][kLaneVectors];
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < kLaneVectors; ++v) sums[r][v] = zero_bytes();
@@ -142,8 +145,8 @@ inline void add_units(const char* const (*words)[kLaneVectors], int64_t step, co
 }
 
 template <int Bits, int R>
-inline void add_units(const char* const (*words)[kLaneVectors], int64_t step, const int16_t* weights, Bytes (*totals)[kLaneVectors],
-                      int32_t units) {
+inline void add_units(const char* const (*words)[kLaneVectors], int64_t step, const int16_t* weights,
+                      Bytes (*totals)[kLaneVectors], int32_t units) {
     for (int32_t u = 0; u < units; ++u) {
         const char* at[kLaneVectors][4];
         for (int v = 0; v < kLaneVectors; ++v) {

@@ -13,8 +13,8 @@ inline const char* row_at(const SealTask& task, int64_t i) {
     return task.rows + task.slots[i] * task.row_bytes;
 }
 
-// Asks for `bytes` of row i from `first` on; rows behind the page's last are the next page's. (Always inlined: GCC takes
-// a function that only prefetches for one without effect, and drops its calls.)
+// Asks for `bytes` of row i from `first` on; rows behind the page's last are the next page's. (Always inlined: GCC
+// takes a function that only prefetches for one without effect, and drops its calls.)
 __attribute__((always_inline)) inline void fetch_row(const SealTask& task, int64_t i, int64_t first, int64_t bytes) {
     const int64_t* slots = i < task.page_tokens ? task.slots : task.next_slots;
     if (!slots) return;
@@ -47,7 +47,8 @@ inline Vec clamped(Vec x, float low, float high) {
     return smaller(larger(x, broadcast(low)), broadcast(high));
 }
 
-// Steps, zeros and inverses of the steps of kLanes groups with these extremes; steps and zeros are float16 from here on.
+// Steps, zeros and inverses of the steps of kLanes groups with these extremes; steps and zeros are float16 from here
+// on.
 struct Affine {
     Vec step, zero, inverse;
 };
@@ -92,8 +93,8 @@ inline void for_planes(const PackedPart& part, Codes* upper, Codes* lower, char*
     }
 }
 
-// Words of a plane of B bits for 32 numbers of one lane, whose codes are bytes: `step` bytes from word to word. `Whole`:
-// the plane takes all bits of the codes.
+// Words of a plane of B bits for 32 numbers of one lane, whose codes are bytes: `step` bytes from word to word.
+// `Whole`: the plane takes all bits of the codes.
 template <int B, bool Whole>
 inline void write_words(const uint8_t* codes, int32_t shift, int64_t step, char* at) {
     constexpr uint64_t mask = 0x0101010101010101u * ((1u << B) - 1);
@@ -214,7 +215,8 @@ inline void extremes(const char* row, int32_t from, int32_t n, float* low, float
     }
 }
 
-// Words of a plane of B bits for 32 tokens of kLanes channels, of which `n` are written: `step` bytes from word to word.
+// Words of a plane of B bits for 32 tokens of kLanes channels, of which `n` are written: `step` bytes from word to
+// word.
 template <int B, bool Whole>
 inline void write_tokens(const uint32_t (*codes)[Vec::kLanes], int32_t shift, int32_t n, int64_t step, char* at) {
     constexpr uint32_t mask = (1u << B) - 1;
@@ -246,7 +248,8 @@ void steps_of_tokens(const SealTask& task, int32_t group, int32_t at, int32_t n,
     }
     uint16_t* halves = steps_at(part, task.target, group) + at;
     for (int32_t i = 0; i < kCodeUnit; i += Vec::kLanes) {
-        const Affine a = affine_of(load(low + i), load(high + i), part.levels, halves + i, halves + part.padded_inner + i);
+        const Affine a =
+            affine_of(load(low + i), load(high + i), part.levels, halves + i, halves + part.padded_inner + i);
         store(steps.step + i, a.step);
         store(steps.zero + i, a.zero);
         store(steps.inverse + i, a.inverse);
@@ -273,7 +276,8 @@ void round_tokens(const SealTask& task, const TokenSteps& steps, int32_t at, int
     const bool line = d * size % 64 == 0;
     for (int32_t i = 0; i < n; ++i) {
         if (line) fetch_row(task, at + i + task.page_tokens, d * size, Vec::kLanes * size);
-        const Vec x = load_part<S, Full>(rows + slots[i] * row_bytes, d, dim), code = round_code(x, steps.of(i), levels);
+        const Vec x = load_part<S, Full>(rows + slots[i] * row_bytes, d, dim);
+        const Vec code = round_code(x, steps.of(i), levels);
         store_codes(upper[i], code);
         if (Split) store_codes(lower[i], round_rest(x, steps.of(i), code));
     }
@@ -390,7 +394,8 @@ void seal_float8(const SealTask& task) {
     for (int64_t i = 0; i < task.page_tokens; ++i) {
         float scaled[kMaxSealDim];
         for (int32_t d = 0; d < dim; d += Vec::kLanes) {
-            store(scaled + d, clamped(load_from<S>(row_at(task, i), d, dim) * inverse, -kLargestFloat8, kLargestFloat8));
+            const Vec x = load_from<S>(row_at(task, i), d, dim) * inverse;
+            store(scaled + d, clamped(x, -kLargestFloat8, kLargestFloat8));
         }
         narrow_float8(scaled, dim, reinterpret_cast<uint8_t*>(task.target) + i * dim);
     }
@@ -410,7 +415,8 @@ void seal_plain_row(const SealTask& task, int64_t i) {
     }
     float wide[kMaxSealDim];
     const int32_t dim = int32_t(task.row_bytes / int64_t(sizeof(*row)));
-    for (int32_t d = 0; d < dim; d += Vec::kLanes) store(wide + d, load_from<S>(reinterpret_cast<const char*>(row), d, dim));
+    for (int32_t d = 0; d < dim; d += Vec::kLanes)
+        store(wide + d, load_from<S>(reinterpret_cast<const char*>(row), d, dim));
     float chosen[kMaxSealDim];
     for (int32_t d = 0; task.channels && d < part.dim; ++d) chosen[d] = wide[task.channels[d]];
     narrow(part.storage, task.channels ? chosen : wide, target, part.dim);

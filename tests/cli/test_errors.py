@@ -81,14 +81,6 @@ def test_generate_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert outputs[0]["token_ids"] == outputs[1]["token_ids"]
 
 
-def test_methods_lists_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["methods", "--json"]) == 0
-    names = {m["name"] for m in json.loads(capsys.readouterr().out)}
-    assert {"full", "streaming", "h2o", "all", "infinigen", "native", "none", "prefix", "compute", "one"} <= names
-    assert run(["methods"]) == 0
-    assert "h2o + prefix: refused" in capsys.readouterr().out.replace("\n", " ")
-
-
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("kvwise ")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvwise.cli.main import run
-from kvwise.study.built_in import default_plan, paper_plan, quality_plan
+from kvwise.study.built_in import default_plan, methods_plan, paper_plan, quality_plan
 from kvwise.study.overrides import Overrides
 from kvwise.study.plan import Plan, read_plan, read_plan_text
 from kvwise.tasks.catalogue import tasks
@@ -104,6 +104,35 @@ def test_a_papers_plan_is_run_by_its_id(ran: list[Plan], tmp_path: Path, capsys:
     (tmp_path / "p.toml").write_text(SMALL)
     assert "leave out" in refused(["study", "run", str(tmp_path / "p.toml"), "--paper", "2410.03065"], capsys)
     assert "leave out --quality-only" in refused(["study", "--quality-only", "--paper", "2410.03065"], capsys)
+
+
+def test_a_built_in_plan_is_run_by_its_name(
+    ran: list[Plan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["study", "--plan", "methods"]) == 0
+    assert run(["study", "run", "--plan", "methods", "--block", "encoding", "--context-length", "512"]) == 0
+    assert run(["study", "--plan", "quality"]) == 0
+    assert run(["study", "--plan", "default", "--quality-only"]) == 0
+    assert run(["study", "--plan", "2410.03065"]) == 0
+    assert ran[0] == methods_plan()
+    assert ([b.name for b in ran[1].block], ran[1].quality.context_lengths) == (["encoding"], (512,))
+    assert ran[2:] == [
+        quality_plan(),
+        default_plan().model_copy(update={"quality_only": True}),
+        paper_plan("2410.03065"),
+    ]
+    capsys.readouterr()
+    assert run(["study", "plan", "--plan", "methods"]) == 0
+    printed = capsys.readouterr().out
+    assert read_plan_text(printed, "printed") == methods_plan()
+    assert printed.startswith("# The methods plan")
+    assert run(["study", "plan", "--plan", "default", "--quality-only"]) == 0
+    assert read_plan_text(capsys.readouterr().out, "printed").quality_only
+    assert "default, quality, methods" in refused(["study", "--plan", "nope"], capsys)
+    (tmp_path / "p.toml").write_text(SMALL)
+    assert "leave out" in refused(["study", "run", str(tmp_path / "p.toml"), "--plan", "methods"], capsys)
+    assert "leave out --paper" in refused(["study", "--plan", "methods", "--paper", "2410.03065"], capsys)
+    assert "kvwise study run" in refused(["study", "--plan", "methods", "run"], capsys)
 
 
 def test_placement_can_be_chosen(ran: list[Plan]) -> None:

@@ -74,7 +74,8 @@ class Played:
 
     engine: Engine
     outputs: list[list[RequestOutput]] = field(default_factory=list)
-    logits: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # round, number, step
+    logits: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # round, number, step; of each first sample
+    twins: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict)  # likewise, of the other samples
     kept: dict[tuple[int, int, int], Kept] = field(default_factory=dict)  # round, number, times settled
 
     def total(self, of: Callable[[RequestOutput], int], rounds: slice = slice(None)) -> int:
@@ -151,6 +152,8 @@ def _add(played: Played, round_: int, number: int, num_samples: int) -> None:
     def note(index: int, step: int, logits: Tensor) -> None:
         if index == 0:
             played.logits[round_, number, step] = logits.clone()
+        else:
+            played.twins.setdefault((round_, number, step), []).append(logits.clone())
 
     params = greedy(NUM_OUTPUTS, forced_tokens=FORCED[number])
     played.engine.add_request(

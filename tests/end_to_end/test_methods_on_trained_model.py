@@ -225,6 +225,21 @@ def test_full_and_exact_top_k_answer_nearly_everything(serve: Serve, trained: Tr
         assert right(answers(serve, trained, strategy, episodes), episodes).mean() > 0.95
 
 
+@pytest.mark.parametrize("selection", ["topk", "infinigen", "quest", "clusterkv"])
+@pytest.mark.parametrize("retention", ["h2o", "streaming", "snapkv"])
+def test_what_is_dropped_is_missed_and_what_is_demoted_is_found(
+    serve: Serve, trained: Trained, retention: str, selection: str
+) -> None:
+    """A tenth of the tokens on the device, and of the others a tenth at most read by each query."""
+    episodes = trained.episodes(256, 3)
+    dropped, demoted = (
+        right(answers(serve, trained, f"{retention}(budget=0.1){more}", episodes), episodes).mean()
+        for more in ("", f"+{selection}(budget=0.1)")
+    )
+    assert dropped < 0.3
+    assert demoted > 0.9
+
+
 @pytest.mark.parametrize(
     "strategy",
     [

@@ -19,7 +19,7 @@ SMALL = {
     "kivi, several queries": PackedCase(KIVI, queries=(3, 1, 5), packed_pages=(2, 1, 3), values_behind=40, seed=1),
     "kivi, prefill": PackedCase(KIVI, queries=(30, 0, 9), packed_pages=(2, 1, 3), values_behind=100, seed=2),
     "think": PackedCase(THINK, packed_pages=(4, 0, 9), seed=3),
-    "think, prefill": PackedCase(THINK, queries=(2, 17, 1), packed_pages=(4, 0, 9), seed=4),
+    "think, prefill": PackedCase(THINK, queries=(17, 2, 20), packed_pages=(4, 0, 9), seed=4),
     "quantspec target": PackedCase(QUANTSPEC, queries=(4, 1), packed_pages=(2, 3), seed=5),
     "quantspec draft": PackedCase(QUANTSPEC, packed_pages=(2, 3, 1), upper_only=True, seed=6),
     "float8": PackedCase(PageFormat(Float8(), Float8(), 16, 64), packed_pages=(4, 3, 1), seed=7),

@@ -17,7 +17,7 @@ from kvwise.methods import catalogue as catalogues
 from kvwise.methods.catalogue import MethodCatalogue, built_in, catalogue, installed, parse, using
 from kvwise.methods.own import faults, needed_traits, read_methods
 from kvwise.methods.pairs import pairs, pairs_of
-from kvwise.methods.retention.base import uniform
+from kvwise.methods.retention.base import Kept, uniform
 from kvwise.methods.retention.streaming import Streaming
 from kvwise.methods.retention.window import Window
 from kvwise.testing import check_method, kept_positions, prompt_view, random_prompt
@@ -188,7 +188,7 @@ def test_what_is_not_sound_is_refused_in_one_line(fault: str, write: Callable[..
     line = one_line(caught)
     assert words in line
     assert "mine.py" in line
-    if "line" in words:
+    if fault in ("syntax", "raises", "exits", "imports"):
         assert not {name for name in set(sys.modules) - modules if name.startswith("kvwise_methods_")}
     assert catalogue() is installed()
 
@@ -290,15 +290,14 @@ class Forgetful(Window):
 
 @dataclass(frozen=True)
 class Hoarder(Window):
-    """Keeps more than it said."""
+    """Goes on to hold more than it said."""
 
     name: ClassVar[str] = "hoarder"
     idea: ClassVar[str] = "keep more than it may"
 
     def keep(self, view: Any) -> Any:
-        kept = uniform(view, torch.ones(*view.shape, view.num_tokens, dtype=torch.bool))
-        kept.limit.fill_(10_000)
-        return kept
+        kept = super().keep(view)
+        return Kept(kept.mask, torch.full_like(kept.limit, 10_000))
 
 
 @dataclass(frozen=True)
@@ -343,7 +342,7 @@ _RANDOM = torch.Generator().manual_seed(0)
 BREAKS = {
     Forgetful: "the newest token has left",
     Hoarder: "tokens are held on average, and the capacity is",
-    Fickle: "logits differ|kept different tokens",
+    Fickle: "logits differ",
     Stubborn: "At a budget of 1",
     Raising: "ZeroDivisionError|integer (division|modulo)",
 }
@@ -376,7 +375,7 @@ def test_views_that_are_made_up_add_up() -> None:
     assert view.mass is not None
     assert torch.allclose(view.mass.sum(-1), torch.full((3, 2), 30.0 * 4))
     assert H2O(budget=0.5).keep(view).mask.sum(-1).unique().tolist() == [15]
-    rows = prompt_view(SnapKV(observed=8), 30).rows(1)
+    rows = prompt_view(SnapKV(budget=0.9, observed=8), 30).rows(1)
     assert rows.shape == (2, 2, 8, 30)
     assert torch.allclose(rows.sum(-1), torch.ones(2, 2, 8))
     assert Trait.NEEDS_LAST_ROWS in SnapKV().traits

@@ -5,12 +5,14 @@ import re
 import pytest
 
 from kvwise.core.errors import PlanError
-from kvwise.methods.catalogue import parse
-from kvwise.study.built_in import default_plan, quality_plan
-from kvwise.study.cells import CellKind, check_strategies, expand
+from kvwise.core.method import Axis
+from kvwise.methods.catalogue import built_in, parse
+from kvwise.study.built_in import PLANS, built_in_plan, built_in_text, default_plan, methods_plan, quality_plan
+from kvwise.study.cells import REFERENCE, CellKind, check_strategies, expand
 from kvwise.study.overrides import Overrides, parse_goodput
 from kvwise.study.plan import parse_memory, plan_hash, read_plan, read_plan_text
 from kvwise.study.quality_section import Quality
+from kvwise.study.run import nominal_seconds
 from kvwise.study.toml import to_toml
 from tests.study.conftest import PLAN, make_plan
 from tests.study.fake import FakeBench
@@ -49,6 +51,38 @@ def test_the_quality_plan_measures_every_kind_of_method_and_nothing_else() -> No
     check_strategies(plan, parse)
     budgets = {c.budget for c in cells if c.framework == "h2o"}
     assert budgets == {1.0, 0.75, 0.5, 0.25, 0.125, 0.06}
+
+
+def test_the_methods_plan_measures_every_method_that_changes_what_is_held() -> None:
+    plan = methods_plan()
+    assert read_plan_text(to_toml(plan), "again") == plan
+    check_strategies(plan, parse)
+    cells = expand(plan)
+    assert {c.kind for c in cells} == {CellKind.QUALITY}
+    named = {m.name for c in cells for m in parse(c.strategy).methods()}
+    axes = (Axis.RETENTION, Axis.SELECTION, Axis.ENCODING)
+    known = {kind.name for kind in built_in() if kind.axis in axes and not kind.default}
+    assert named >= known
+    assert REFERENCE in {c.strategy for c in cells}
+    # Twenty minutes on two cores, with the time that cells were measured to take.
+    assert sum(map(nominal_seconds, cells)) < 1500
+    assert len({b.name for b in plan.block}) == 7
+
+
+def test_a_method_that_is_missing_is_an_error_of_the_plan() -> None:
+    plan = read_plan_text(built_in_text("methods").replace('"fp8"', '"fp7"'), "test")
+    with pytest.raises(PlanError, match=r"block 'encoding': strategy 'fp7': .*fp7"):
+        check_strategies(plan, parse)
+
+
+@pytest.mark.parametrize("name", [*PLANS, "2410.03065", "arXiv:2410.03065"])
+def test_built_in_plans_are_known_by_name(name: str) -> None:
+    assert read_plan_text(built_in_text(name), "text") == built_in_plan(name)
+
+
+def test_an_unknown_plan_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(PlanError, match=r"no plan is called 'method'; .*default, quality, methods, 2410\.03065"):
+        built_in_plan("method")
 
 
 def test_as_many_answers_as_the_standard_error_needs() -> None:

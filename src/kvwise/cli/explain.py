@@ -220,5 +220,7 @@ def _kept(strips: Sequence[Strip], num_tokens: int) -> str:
     if not counts or not num_tokens:
         return "nothing: the request held no KV when it ended"
     mean = sum(counts) / len(counts)
-    spread = "" if min(counts) == max(counts) else f" on average of {len(counts)} heads, {min(counts)} to {max(counts)},"
+    spread = (
+        "" if min(counts) == max(counts) else f" on average of {len(counts)} heads, {min(counts)} to {max(counts)},"
+    )
     return f"{mean:.4g}{spread} of {num_tokens} on the device ({mean / num_tokens:.1%})"

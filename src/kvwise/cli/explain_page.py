@@ -23,8 +23,9 @@ _PAGE = """<!doctype html>
 <body>
 <main>
 <h1>What each layer and head kept</h1>
-<p class="lead">A strip is the context of one request from its first token to its last, as one or more heads held it when
-the request ended. Point at a strip, or go to it by the tab key and walk along it with the arrow keys, to see a token.</p>
+<p class="lead">A strip is the context of one request from its first token to its last, as one or more heads held it
+when the request ended. Point at a strip, or go to it by the tab key and walk along it with the arrow keys, to see a
+token.</p>
 <ul class="legend">{legend}</ul>
 <noscript><p class="notice">Strips are drawn by a script; the tables say the same in numbers.</p></noscript>
 {body}
@@ -53,7 +54,7 @@ def page(shown: Sequence[Explained], texts: Sequence[Sequence[str]]) -> str:
         legend="".join(f'<li><span class="swatch {kind}"></span>{name}</li>' for kind, name in _LEGEND.items()),
         css=css + _resource("explain.css"),
         body="\n".join(_section(number, each) for number, each in enumerate(shown)),
-        facts=json.dumps(facts).replace("</", "<\\/").replace("<!--", "<\\!--"),
+        facts=json.dumps(facts).replace("<", "\\u003c"),
         js=_resource("explain.js"),
     )
 
@@ -103,9 +104,10 @@ def _section(number: int, shown: Explained) -> str:
         ]
         for strip in shown.strips
     ]
+    title = escape(shown.title).replace("+", "+<wbr>")
     return (
-        f"<section>\n<h2>{escape(shown.title).replace("+", "+<wbr>")}</h2>\n<p class='soft'>Not in a strip: {escape(shown.absent)}. The line "
-        f'marks the end of the prompt.</p>\n<div class="strips">\n{strips}\n</div>\n{pairs(shown.words)}\n'
+        f"<section>\n<h2>{title}</h2>\n<p class='soft'>Not in a strip: {escape(shown.absent)}. The line marks the end "
+        f'of the prompt.</p>\n<div class="strips">\n{strips}\n</div>\n{pairs(shown.words)}\n'
         f"<details><summary>In numbers</summary>{table(head, rows, numeric=range(1, 6))}</details>\n</section>"
     )
 

@@ -32,7 +32,7 @@ def address(arena: Tensor) -> int:
 
 
 def packed_fields(packed: PackedArena) -> list[int]:
-    """A packed arena in the order of `packed_of` in native/module_packed.cpp."""
+    """A packed arena as `packed_of` in native/module_packed.cpp reads it."""
     page, (first, second) = packed.format, packed.halves
     return [
         first.data_ptr(),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvwise.kernels import triton_attend
 from kvwise.kernels.base import Attention, Sealed, Segment, check_attend
-from kvwise.kernels.packed import Codes
+from kvwise.kernels.packed import UNIT, Codes
 from kvwise.kernels.reference import ReferenceKernels
 from kvwise.kernels.triton_packed import memory_of, part_constants, tile_tokens
 from kvwise.kernels.triton_sealing import TritonSealing
@@ -132,15 +132,15 @@ class _Call:
         # Enough blocks whatever the lengths of the sequences: no need to know them on the host.
         blocks = num_tokens * self.group // self.rows + self.num_sequences
         counts = [_num_parts(blocks * self.num_heads, segment) for segment in segments]
-        like = {"dtype": torch.float32, "device": self.queries.device}
-        parts = torch.empty(sum(counts), num_tokens, num_query_heads, value_dim, **like)
-        lses = torch.full((sum(counts), num_tokens, num_query_heads), -torch.inf, **like)
+        shape = (sum(counts), num_tokens, num_query_heads)
+        parts = self.queries.new_empty((*shape, value_dim), dtype=torch.float32)
+        lses = self.queries.new_full(shape, -torch.inf, dtype=torch.float32)
         begin = 0
         for segment, count in zip(segments, counts, strict=True):
             self._attend(segment, blocks, parts[begin : begin + count], lses[begin : begin + count])
             begin += count
-        out = torch.empty(num_tokens, num_query_heads, value_dim, dtype=self.queries.dtype, device=parts.device)
-        lse = torch.empty(num_tokens, num_query_heads, **like)
+        out = self.queries.new_empty(num_tokens, num_query_heads, value_dim)
+        lse = lses.new_empty(num_tokens, num_query_heads)
         num_rows = num_tokens * num_query_heads
         triton_attend.merge[(triton.cdiv(num_rows, BLOCK_ROWS),)](
             parts,
@@ -200,7 +200,7 @@ class _Call:
 
 def _padded(segment: Segment, dim: int) -> int:
     """Channels of a tile: a power of two, at least 16 for `tl.dot` and 32 for the units of codes."""
-    return max(16 if segment.sealed is None else 32, triton.next_power_of_2(dim))
+    return max(16 if segment.sealed is None else UNIT, int(triton.next_power_of_2(dim)))
 
 
 def _open_tokens(segment: Segment) -> int:
@@ -247,9 +247,10 @@ def _pages_of(segment: Segment, sealed: Sealed) -> dict[str, Any]:
 
 def _no_pages(other: Tensor) -> dict[str, Any]:
     """What stands in for packed pages where there are none."""
-    none = dict.fromkeys(("first_half", "second_half", "packed_tables", "bounds", "packed_positions", "key_channels"), other)
-    zero = dict.fromkeys(("per_half", "half_bytes", "packed_table_stride", "packed_table_head_stride", "bound_stride"), 0)
+    tensors = ("first_half", "second_half", "packed_tables", "bounds", "packed_positions", "key_channels")
+    numbers = ("per_half", "half_bytes", "packed_table_stride", "packed_table_head_stride", "bound_stride")
+    none = dict.fromkeys(tensors, other) | dict.fromkeys(numbers, 0)
     off = dict.fromkeys(("SEALED", "UPPER", "CHOSEN", "PACKED_POSITIONS"), False)
     sizes = dict.fromkeys(("S", "NP", "PAGE_BYTES", "KEY_BYTES", "DP", "DP_PADDED"), 16)
     nothing = Codes(8, "token", 16)
-    return {**none, **zero, **off, **sizes, **part_constants("K", nothing, 16), **part_constants("V", nothing, 16)}
+    return {**none, **off, **sizes, **part_constants("K", nothing, 16), **part_constants("V", nothing, 16)}

@@ -10,7 +10,7 @@ N consecutive tokens in open pages. A token whose key is packed and whose value 
 import triton
 import triton.language as tl
 
-from kvwise.kernels.triton_packed import page_at, read_part
+from kvwise.kernels.triton_packed import packed_tile, page_at, read_part, tiles_before, tiles_up_to
 
 
 @triton.jit
@@ -78,29 +78,6 @@ def _fold(scores, value, maximum, total, summed, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _tiles_before(tokens, S: tl.constexpr, NP: tl.constexpr):
-    """Packed tiles that end at or before a token."""
-    return tokens // S * ((S + NP - 1) // NP) + tokens % S // NP
-
-
-@triton.jit
-def _tiles_up_to(tokens, S: tl.constexpr, NP: tl.constexpr):
-    """Packed tiles that hold the first `tokens` tokens."""
-    return tokens // S * ((S + NP - 1) // NP) + (tokens % S + NP - 1) // NP
-
-
-@triton.jit
-def _packed_tile(tile, table, key_length, S: tl.constexpr, NP: tl.constexpr):
-    """Page of a packed tile, its first row, and of each row: number, token and whether a packed key is there."""
-    CHUNKS: tl.constexpr = (S + NP - 1) // NP
-    page = tl.load(table + tile // CHUNKS).to(tl.int64)
-    first = tile % CHUNKS * NP
-    row = first + tl.arange(0, NP)
-    index = tile // CHUNKS * S + row
-    return page, first, row, index, (row < S) & (index < key_length)
-
-
-@triton.jit
 def attend(
     queries, query_start, query_positions, keys, values, tables, lengths, positions, out, lse, scale, softcap, window,
     num_sequences, num_parts, part_stride, part_stride_lse, query_stride, query_head_stride, table_stride,
@@ -158,8 +135,8 @@ def attend(
         key_length = tl.load(bound)
         value_length = tl.load(bound + bound_stride)
         open_base = tl.load(bound + 2 * bound_stride)
-        first_packed = _tiles_before(tl.minimum(begin, key_length), S, NP)
-        num_packed = _tiles_up_to(tl.minimum(end, key_length), S, NP) - first_packed
+        first_packed = tiles_before(tl.minimum(begin, key_length), S, NP)
+        num_packed = tiles_up_to(tl.minimum(end, key_length), S, NP) - first_packed
     first_open = tl.maximum(begin - key_length, 0) // N
     num_tiles = num_packed + (tl.maximum(end - key_length, 0) + N - 1) // N - first_open
     each = (num_tiles + num_parts - 1) // num_parts
@@ -174,7 +151,7 @@ def attend(
             )  # fmt: skip
         packed_table = packed_tables + sequence * packed_table_stride + head * packed_table_head_stride
         for tile in range(first_packed + mine, first_packed + tl.minimum(last, num_packed)):
-            page, first, page_row, index, used = _packed_tile(tile, packed_table, key_length, S, NP)
+            page, first, page_row, index, used = packed_tile(tile, packed_table, key_length, S, NP)
             base = page_at(first_half, second_half, page, per_half, half_bytes, PAGE_BYTES)
             key = read_part(
                 base, first, page_row, used, K_KIND, K_BITS, K_GROUP, K_SPLIT, K_TYPE, UPPER, S, DP, NP, DP_PADDED
@@ -226,7 +203,7 @@ def merge(
     total = tl.zeros([M], tl.float32)
     summed = tl.zeros([M, DV_PADDED], tl.float32)
     cell = row
-    for _ in range(0, num_parts):
+    for _ in range(num_parts):
         share = tl.load(lses + cell, mask=valid, other=float("-inf"))
         seen = share > float("-inf")
         # Rows of parts that saw nothing were never written.
@@ -273,15 +250,12 @@ def add_mass(
         bound = bounds + (sequence * tl.num_programs(1) + head)
         key_length = tl.minimum(tl.load(bound), length)
         open_base = tl.load(bound + 2 * bound_stride)
-    if PACKED:
-        num_tiles = _tiles_up_to(key_length, S, NP)
-    else:
-        num_tiles = (length - key_length + N - 1) // N
+    num_tiles = tiles_up_to(key_length, S, NP) if PACKED else (length - key_length + N - 1) // N
     if (num_queries == 0) or (tl.program_id(0) >= num_tiles):
         return
     if PACKED:
         packed_table = packed_tables + sequence * packed_table_stride + head * packed_table_head_stride
-        page, first, page_row, index, used = _packed_tile(tl.program_id(0), packed_table, key_length, S, NP)
+        page, first, page_row, index, used = packed_tile(tl.program_id(0), packed_table, key_length, S, NP)
         base = page_at(first_half, second_half, page, per_half, half_bytes, PAGE_BYTES)
         key = read_part(
             base, first, page_row, used, K_KIND, K_BITS, K_GROUP, K_SPLIT, K_TYPE, UPPER, S, DP, NP, DP_PADDED

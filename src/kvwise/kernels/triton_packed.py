@@ -29,6 +29,29 @@ def page_at(first_half, second_half, page, per_half, half_bytes, PAGE_BYTES: tl.
 
 
 @triton.jit
+def tiles_before(tokens, S: tl.constexpr, NP: tl.constexpr):
+    """Packed tiles that end at or before a token."""
+    return tokens // S * ((S + NP - 1) // NP) + tokens % S // NP
+
+
+@triton.jit
+def tiles_up_to(tokens, S: tl.constexpr, NP: tl.constexpr):
+    """Packed tiles that hold the first `tokens` tokens."""
+    return tokens // S * ((S + NP - 1) // NP) + (tokens % S + NP - 1) // NP
+
+
+@triton.jit
+def packed_tile(tile, table, key_length, S: tl.constexpr, NP: tl.constexpr):
+    """Page of a packed tile, its first row, and of each row: number, token and whether a packed key is there."""
+    CHUNKS: tl.constexpr = (S + NP - 1) // NP
+    page = tl.load(table + tile // CHUNKS).to(tl.int64)
+    first = tile % CHUNKS * NP
+    row = first + tl.arange(0, NP)
+    index = tile // CHUNKS * S + row
+    return page, first, row, index, (row < S) & (index < key_length)
+
+
+@triton.jit
 def _plane(
     plane, first, BITS: tl.constexpr, BY_TOKEN: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr,
@@ -117,7 +140,7 @@ def read_part(
     TYPE: tl.constexpr, UPPER: tl.constexpr, S: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Numbers float32 [N, D] of the tile from row `first` on, 0 where not `used`; `row` is first, first + 1, ..."""
-    if KIND == "plain" or KIND == "float8":  # noqa: PLR1714, SIM109 (triton knows no `in`)
+    if KIND == "plain" or KIND == "float8":
         d = tl.arange(0, D)
         at = row[:, None] * DIM + d[None, :]
         inside = used[:, None] & (d[None, :] < DIM)
@@ -220,7 +243,7 @@ def tile_tokens(packed: PackedArena) -> int:
     """Tokens of a tile: a power of two of at least 16 (`tl.dot`), and of 32 where codes come in units of 32."""
     parts = (packed.format.keys, packed.format.values)
     least = UNIT if any(isinstance(part, Codes) for part in parts) else 16
-    return max(least, min(TILE, triton.next_power_of_2(packed.format.page_tokens)))
+    return max(least, min(TILE, int(triton.next_power_of_2(packed.format.page_tokens))))
 
 
 def part_constants(prefix: str, part: Part, head_dim: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import fields
 from importlib import import_module, util
-from inspect import getdoc, isabstract, isclass
+from inspect import getdoc, isclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,9 +60,9 @@ def faults(kind: type[Method]) -> Iterator[str]:
         yield f"is called {kind.name!r}: a name is of small letters, digits, - and _, a letter first"
     if not isinstance(kind.traits, frozenset) or not all(isinstance(trait, Trait) for trait in kind.traits):
         yield "must have a frozenset of Trait as its traits"
-    if isabstract(kind):
-        left: frozenset[str] = getattr(kind, "__abstractmethods__", frozenset())
-        yield f"must define {', '.join(sorted(left))}"
+    left = [name for name in dir(kind) if getattr(getattr(kind, name, None), "__isabstractmethod__", False)]
+    if left:
+        yield f"must define {', '.join(left)}"
     else:
         yield from _faults_of_default(kind)
 

@@ -40,8 +40,8 @@ def sentences(here: Sequence[QualityFigures]) -> Iterator[str]:
             )
             if within:
                 yield (
-                    f"{where}{count}, not told apart from the front: {len(within)} more, which nobody with no more bytes "
-                    "beats beyond the error: " + ", ".join(p.quality.who.label for p in within)
+                    f"{where}{count}, not told apart from the front: {len(within)} more, which nobody with no more "
+                    "bytes beats beyond the error: " + ", ".join(p.quality.who.label for p in within)
                 )
 
 

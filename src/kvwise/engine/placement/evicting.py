@@ -11,7 +11,7 @@ from kvwise.cache.manager import CacheManager
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.heirs import Folding, Heir
 from kvwise.engine.placement.marking import mark
-from kvwise.engine.placement.page_state import Counts, Heads, Ints, PageState
+from kvwise.engine.placement.page_state import UNLIMITED, Counts, Heads, Ints, PageState
 from kvwise.engine.placement.sealing import Sealer
 from kvwise.engine.placement.settling import PromptKV
 from kvwise.engine.sequence import Sequence as Seq
@@ -68,10 +68,10 @@ class Evictor:
         if interval is not None:
             due = [s for s in sequences if s.num_computed > s.num_prompt and not s.num_computed % interval]
             return self._each(due, self._sweep)
-        least = 1 if self._sealer is None else self._sealer.page_tokens
+        least = 1 if self._sealer is None else np.where(self._sealer.packs_output, self._sealer.page_tokens, 1)
         over: Bools = np.asarray(self._state.used[rows] >= self._state.limit[rows].astype(np.int64) + least)
         late = [s for i, s in enumerate(sequences) if over[i].any()]
-        return self._each(late, self._replace if self._sealer is None else self._drop_pages)
+        return self._each(late, self._replace if self._sealer is None else self._drop_or_replace)
 
     def _each(self, sequences: Sequence[Seq], act: Callable[[Sequence[Seq]], None]) -> list[Failure]:
         """Do it for all at once; if that fails, one by one: only the requests that it fails on suffer."""
@@ -109,15 +109,18 @@ class Evictor:
     # -- one for one --------------------------------------------------------------------------------------------
 
     def _replace(self, sequences: Sequence[Seq]) -> None:
-        """In each head over its limit the token worth least leaves; the next one takes its slot."""
+        """In each head that holds more than it may the open token worth least leaves; the next one takes its slot."""
         rows, state = _rows(sequences), self._state
-        view = self._view(sequences)
-        worth = self._worth(view)
-        lowest, victims = worth.min(-1)
-        over = state.used[rows] > state.limit[rows]
-        on_device = state.on_device(over)
-        if bool((lowest.isposinf() & on_device).any()):
+        over = state.used[rows] > state.most[rows]
+        if not over.any():
+            return
+        lowest, victims = self._worth(self._view(sequences))[..., self._num_packed_slots(rows) :].min(-1)
+        stays = over & lowest.isposinf().cpu().numpy()
+        if stays.any() and self._sealer is None:
             raise ValueError(f"{self._retention.name} lets no token go in a head that is over its limit")
+        state.most[rows] = np.where(stays, UNLIMITED, state.most[rows])
+        over &= ~stays
+        on_device = state.on_device(over)
         index = state.on_device(rows)
         state.write[index] = torch.where(on_device, victims.to(torch.int32), state.write[index])
         self._leave(rows, over, victims)
@@ -145,6 +148,11 @@ class Evictor:
 
     # -- whole packed pages -------------------------------------------------------------------------------------
 
+    def _drop_or_replace(self, sequences: Sequence[Seq]) -> None:
+        """Packed pages leave; where none can and what comes is never packed, open tokens leave one for one."""
+        self._drop_pages(sequences)
+        self._replace(sequences)
+
     def _drop_pages(self, sequences: Sequence[Seq]) -> None:
         """In each head over its limit by a page or more, the packed pages worth least on average leave.
 
@@ -154,7 +162,8 @@ class Evictor:
         rows, state, size = _rows(sequences), self._state, self._page_tokens
         over = state.used[rows].astype(np.int64) - state.limit[rows]
         left = self._num_loose(rows)
-        if not ((over >= size) & (left > 0)).any():
+        stays_open = self._stays_open
+        if not (((over >= size) & (left > 0)) | (stays_open & (over > 0))).any():
             return
         view = self._view(sequences)
         width = self._packed_width(rows)
@@ -174,7 +183,15 @@ class Evictor:
             pages.masked_fill_(state.on_device(gone), torch.inf)
             over[goes] -= size
             left[goes] -= 1
+        fixed = stays_open & lowest.isposinf().cpu().numpy()
+        state.most[rows] = np.where(fixed, state.limit[rows] + kept, UNLIMITED)
         self._drop(sequences, gone)
+
+    @property
+    def _stays_open(self) -> Bools:
+        """Heads [L, H] in which tokens of the output are never packed."""
+        assert self._sealer is not None
+        return ~self._sealer.packs_output
 
     def _num_loose(self, rows: Ints) -> Ints:
         """Packed pages [B, L, H] that may leave: not so many that open slot 0 would belong to a token before the first.
@@ -296,6 +313,10 @@ class Evictor:
         sealed = torch.arange(width * self._sealer.page_tokens, device=state.device) < lengths
         return torch.cat([sealed, used & (token >= lengths)], -1), (width, num_open)
 
+    def _num_packed_slots(self, rows: Ints) -> int:
+        """Slots of a view that lie in packed pages; open ones follow."""
+        return 0 if self._sealer is None else self._packed_width(rows) * self._sealer.page_tokens
+
     def _packed_width(self, rows: Ints) -> int:
         assert self._sealer is not None
         return max(1, int(-(-self._state.key_length[rows].max() // self._sealer.page_tokens)))
@@ -327,10 +348,10 @@ class Evictor:
             return [[list(range(count)) for count in layer] for layer in self._state.used[row].tolist()]
         view = self._view([sequence])
         used = view.used[0].clone()
-        if self._sealer is None:
-            holes = np.argwhere(self._state.used[row] > self._state.limit[row])
-            for layer, head in holes.tolist():
-                used[layer, head, int(self._state.write[row, layer, head])] = False
+        first = self._num_packed_slots(np.array([row]))
+        holes = np.argwhere(self._state.used[row] > self._state.most[row])
+        for layer, head in holes.tolist():
+            used[layer, head, first + int(self._state.write[row, layer, head])] = False
         positions = view.positions[0]
         return [
             [sorted(positions[layer, head][used[layer, head]].tolist()) for head in range(shape[1])]

@@ -37,7 +37,8 @@ class Heads:
 class PageState:
     """Batched over the cache manager's rows R. A head numbers its tokens in table order: packed ones, then open ones.
 
-    On the host, int32 [R, L, H]: `used` tokens (a victim that the next token will overwrite is still one), `limit`,
+    On the host, int32 [R, L, H]: `used` tokens (a victim that the next token will overwrite is still one), `limit`, the
+    `most` that are held before each new one takes a victim's place (the limit, unless tokens leave by whole pages),
     `key_length` and `value_length` tokens whose keys and values are packed, `open_base` the token in open slot 0.
     On the device: page tables int32 [R, L, H, N] of open and [R, L, H, M] of packed pages, `write` int32 [R, L, H] the
     open slot of the next token, and `marks` float32 [R, L, H].
@@ -49,6 +50,7 @@ class PageState:
         shape = (max_rows, layout.num_layers, layout.num_kv_heads)
         self.used: Counts = np.zeros(shape, np.int32)
         self.limit: Counts = np.zeros(shape, np.int32)
+        self.most: Counts = np.zeros(shape, np.int32)
         self.key_length: Counts = np.zeros(shape, np.int32)
         self.value_length: Counts = np.zeros(shape, np.int32)
         self.open_base: Counts = np.zeros(shape, np.int32)
@@ -60,7 +62,7 @@ class PageState:
     def start(self, row: int, used: Counts, limit: Counts) -> None:
         """A request has settled: `used` tokens [L, H] in open pages, nothing packed."""
         self.used[row] = used
-        self.limit[row] = limit
+        self.limit[row] = self.most[row] = limit
         self.key_length[row] = self.value_length[row] = self.open_base[row] = 0
         self.marks[row] = 0
         self.note_ends(np.array([row]))

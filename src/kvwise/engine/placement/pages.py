@@ -151,6 +151,8 @@ class PagePlacement:
         self._settler.move(kept, prompt, torch.from_numpy(pages).to(self._device))
         self._cache.finish_paginate(row)
         self._state.start(row, counts, limit)
+        if self._sealer is not None:
+            self._state.most[row] = UNLIMITED  # until the evictor says otherwise
         self._state.note_tables(row, pages)
         if kept.marks is not None:
             self._state.marks[row] = kept.marks.float()
@@ -224,16 +226,13 @@ class PagePlacement:
         if tables is None:
             return False
         state.open_base[row] += dropped * self._size
+        state.write[row] -= state.on_device((dropped * self._size).astype(np.int32))
         state.note_tables(row, tables)
-        if self._sealer is not None:
-            state.note_ends(np.array([row]))
         return True
 
     def _grows_at_end(self, row: int) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Heads [L, H] whose next token goes behind the last one; in the others it takes a victim's place."""
-        if self._sealer is not None:
-            return np.ones(self._shape, np.bool_)
-        return np.asarray(self._state.used[row] <= self._state.limit[row])
+        return np.asarray(self._state.used[row] <= self._state.most[row])
 
     def _num_quiet(self, row: int) -> int:
         """Tokens after the next one for which no page need be asked for."""
@@ -256,7 +255,7 @@ class PagePlacement:
         held = np.array([s.row for s in sequences], dtype=np.int64)
         index = torch.from_numpy(held).to(self._device)
         positions = torch.tensor([s.num_computed for s in sequences], dtype=torch.int32, device=self._device)
-        at_end = (state.used[held] <= state.limit[held]) | (self._sealer is not None)
+        at_end = state.used[held] <= state.most[held]
         state.used[held] += at_end
         longest = max(1, int(-(-state.num_open[held].max() // self._size)))
         tables = state.tables[index, ..., :longest].transpose(0, 1).contiguous()
@@ -292,8 +291,9 @@ class PagePlacement:
         rows = np.array([s.row for s in sequences], dtype=np.int64)
         self._state.note_ends(rows)
         failures = self._evictor.after_step(sequences) if self._retention.drops else []
-        if self._retention.sweep_interval is not None:
-            self._quiet[rows] = 0  # a sweep has given pages back
+        fixed = self._sealer is None or self._sealer.packs_output.all()
+        if self._retention.sweep_interval is not None or not fixed:
+            self._quiet[rows] = 0  # a sweep has given pages back, or heads begin to take victims' places, or end it
         if self._sealer is not None:
             self._pack_due(rows)
         return failures

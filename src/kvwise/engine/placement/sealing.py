@@ -32,6 +32,8 @@ class Sealer:
         self._arena = arena
         self._kernels = kernels
         self._state = state
+        many = torch.full(state.used.shape[1:], 1 << 20)
+        self.packs_output = np.asarray(encoding.keys_due(many, settling=False).numpy() > 0)  # bool [L, H]
         keys = self.packed.format.keys
         dim = keys.dim if isinstance(keys, Plain) and keys.dim < self.packed.format.head_dim else 0
         self._channels = torch.zeros((*state.used.shape, dim), dtype=torch.int32, device=state.device)

@@ -58,6 +58,7 @@ class StridedPlacement(ReadsInStrides):
         self._layouts: dict[Seq, Layout] = {}
         self._slots = torch.zeros((max_rows, *self._shape, 1), dtype=torch.int64, device=self._device)
         self._stretches = Stretches(self._device, arena.layout.block_size)
+        self._last_due: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     # -- what it may hold ---------------------------------------------------------------------------------------
 
@@ -108,6 +109,7 @@ class StridedPlacement(ReadsInStrides):
             self._slots = torch.nn.functional.pad(self._slots, (0, width - self._slots.shape[-1]))
         self._slots[row, ..., :width] = slots
         self._stretches.forget(row)
+        self._last_due = None
 
     def num_next(self, sequence: Seq) -> int:
         """Tokens up to the end of the stride; one never reaches over the end of the prompt."""
@@ -212,26 +214,32 @@ class StridedPlacement(ReadsInStrides):
         return []
 
     def _ask(self, due: Sequence[_Due]) -> list[Moves]:
-        longest = max(one.num_slots for one in due)
-        slots = self._slots[[one.row for one in due], ..., :longest]
+        slots = self._slots_due(due)
         columns = {name: self._arena.columns[name].view(-1)[slots] for name in ("mass", *self._retention.columns)}
         num_rows = torch.tensor([one.num_new for one in due], device=self._device)
-        view = StrideView(columns.pop("mass"), columns, num_rows, self._group)
-        fresh = {name: column.cpu().numpy() for name, column in self._retention.updated(view).items()}
+        fresh = self._retention.updated(StrideView(columns.pop("mass"), columns, num_rows, self._group))
+        on_host = {name: column.cpu().numpy() for name, column in fresh.items()}
         moves = [
             self._retention.arrange(
-                one.layout, one.num_new, {name: column[i, ..., : one.num_slots] for name, column in fresh.items()}
+                one.layout, one.num_new, {name: column[i, ..., : one.num_slots] for name, column in on_host.items()}
             )
             for i, one in enumerate(due)
         ]
-        for i, one in enumerate(due):
-            mine = slots[i, ..., : one.num_slots]
-            self._arena.columns["mass"].view(-1)[mine] = 0.0
-            for name, column in fresh.items():
-                self._arena.columns[name].view(-1)[mine] = torch.from_numpy(
-                    np.ascontiguousarray(column[i, ..., : one.num_slots])
-                ).to(self._device)
+        where = slots.flatten()
+        self._arena.columns["mass"].view(-1).index_fill_(0, where, 0.0)
+        for name, column in fresh.items():
+            self._arena.columns[name].view(-1).index_copy_(0, where, column.flatten())
         return moves
+
+    def _slots_due(self, due: Sequence[_Due]) -> Tensor:
+        """Their slots int64 [B, L, H, S]; one that has fewer names its last again, to no effect."""
+        key = tuple((one.row, one.num_slots) for one in due)
+        if self._last_due is None or self._last_due[0] != key:
+            longest = max(one.num_slots for one in due)
+            index = [np.minimum(np.arange(longest), one.num_slots - 1) for one in due]
+            found = [self._slots[one.row, ..., self._on_device(i)] for one, i in zip(due, index, strict=True)]
+            self._last_due = key, torch.stack(found)
+        return self._last_due[1]
 
     def _move(self, due: Sequence[_Due], moves: Sequence[Moves]) -> None:
         sources, targets, turns, layers = [], [], [], []

@@ -24,9 +24,9 @@ class VLCache(Retention):
 
     The rows behind the last image token observe. In each of them, by query head, attention below `p` of the row's
     largest counts as nothing; what is left is a layer's density, and layers share the `budget` (of the prompt) in
-    proportion, each between 1 % (the budget, if that is less) and all of the prompt. Of a layer's budget the part `recent` goes to the latest
-    tokens, the rest to those with the most attention from the observing rows, summed over the query heads of a KV
-    head; of equals the earlier stays. All that is generated stays.
+    proportion, each between 1 % (the budget, if that is less) and all of the prompt. Of a layer's budget the part
+    `recent` goes to the latest tokens, the rest to those with the most attention from the observing rows, summed over
+    the query heads of a KV head; of equals the earlier stays. All that is generated stays.
 
     In a prompt without images, or with nothing behind the last, the last `observed` rows observe; `text=true` lets
     them do so whatever the prompt holds (the paper's speed test does, with 50). Where the 1 % lifts the mean
