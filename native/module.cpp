@@ -138,6 +138,14 @@ void bind_rows(nb::module_& m) {
                       {at<char>(target), num_target, page_bytes}, at<const int64_t>(target_pages), n, num_threads);
         },
         Unlocked());
+    m.def(
+        "mark_pages",
+        [](uintptr_t mass, uintptr_t marked, int64_t num_pages, int64_t page_slots, uintptr_t pages, uintptr_t bound,
+           uintptr_t position, int64_t n, int num_threads) {
+            mark_pages({at<float>(mass), at<float>(marked), num_pages, page_slots}, at<const int64_t>(pages),
+                       at<const float>(bound), at<const float>(position), n, num_threads);
+        },
+        Unlocked());
     m.def("append", [](const std::string& set, uintptr_t rows, int64_t token_bytes, int64_t head_bytes, bool narrow,
                        int storage, int64_t dim, uintptr_t arena, int64_t num_slots, int64_t row_bytes,
                        int64_t num_tokens, int64_t num_heads, uintptr_t slots, bool per_head, int64_t block_size,

@@ -63,6 +63,13 @@ def test_what_waits_in_other_tiers_counts_where_all_are_counted() -> None:
     assert found["h2o"].beaten_by is not None and found["h2o"].beaten_by.who.framework == "kivi"
 
 
+def test_a_hair_of_bytes_makes_no_front() -> None:
+    found = pareto([figure("h2o", 0.3, 0.01, 126.4), figure("cascading", 0.1, 0.01, 126.2)], Bytes.DEVICE)
+    assert {p.quality.who.framework: p.standing for p in found} == {"h2o": Standing.ON, "cascading": Standing.OFF}
+    alike = pareto([figure("a", 0.3, 0.01, 126.4), figure("b", 0.3, 0.01, 126.2)], Bytes.DEVICE)
+    assert [p.standing for p in alike] == [Standing.ON, Standing.ON]
+
+
 points = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(1, 5)), min_size=1, max_size=12)
 
 

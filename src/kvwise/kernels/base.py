@@ -179,6 +179,14 @@ class Kernels(Protocol):
         """Copy whole pages between arenas (or columns) of one dtype and page shape; int64 pages [n] each."""
         ...
 
+    def mark(self, mass: Tensor, marked: Tensor, pages: Tensor, bound: Tensor, position: Tensor) -> None:
+        """Note a position at every slot whose mass of the newest row is at least a bound, and clear the mass.
+
+        `mass` and `marked` are float32 columns [P, size]; `pages` int64 [n] are different pages, of heads whose bound
+        is `bound` float32 [n] and whose newest row is at `position` float32 [n], larger than any noted there before.
+        """
+        ...
+
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """Re-position rotated keys [n, D] by ``delta`` positions int [n]; a new tensor of the same dtype.
 

@@ -207,6 +207,25 @@ class CpuKernels(GivenMass, CpuSealing):
             self._threads,
         )
 
+    def mark(self, mass: Tensor, marked: Tensor, pages: Tensor, bound: Tensor, position: Tensor) -> None:
+        """See `Kernels.mark`."""
+        if mass.shape != marked.shape or mass.dtype != torch.float32 or marked.dtype != torch.float32:
+            raise UsageError(f"columns {tuple(mass.shape)} and {tuple(marked.shape)} must be float32 of one shape")
+        if pages.shape != bound.shape or pages.shape != position.shape:
+            raise UsageError(f"{len(pages)} pages need as many bounds and positions, got {len(bound)}, {len(position)}")
+        pages, bound, position = _longs(pages), bound.float().contiguous(), position.float().contiguous()
+        call(
+            _native.mark_pages,
+            address(mass),
+            address(marked),
+            *mass.shape,
+            pages.data_ptr(),
+            bound.data_ptr(),
+            position.data_ptr(),
+            len(pages),
+            self._threads,
+        )
+
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`; torch's own elementwise kernels do it."""
         return ReferenceKernels().rotate(keys, delta, inv_freq, interleaved=interleaved)

@@ -128,6 +128,12 @@ class ReferenceKernels(GivenMass, ReferenceSealing):
         """See `Kernels.copy_pages`."""
         target_arena.index_copy_(0, target_pages, source_arena.index_select(0, source_pages))
 
+    def mark(self, mass: Tensor, marked: Tensor, pages: Tensor, bound: Tensor, position: Tensor) -> None:
+        """See `Kernels.mark`."""
+        noted = (mass.index_select(0, pages) >= bound[:, None]).float().mul_(position[:, None])
+        marked.index_copy_(0, pages, torch.maximum(noted, marked.index_select(0, pages)))
+        mass.index_fill_(0, pages, 0.0)
+
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`."""
         half = inv_freq.numel()

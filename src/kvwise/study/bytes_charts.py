@@ -76,7 +76,7 @@ def _front_line(points: Sequence[Point]) -> Iterator[Series]:
     if len(corners) > 1:
         # From many bytes to few: the score of a point holds until its bytes are too many, then the next one's does.
         steps = [corners[0], *(xy for a, b in pairwise(corners) for xy in ((a[0], b[1]), b))]
-        yield Series("", NEUTRAL, tuple(x for x, _ in steps), tuple(y for _, y in steps), markers=False)
+        yield Series("", NEUTRAL, tuple(x for x, _ in steps), tuple(y for _, y in steps), markers=False, guide=True)
 
 
 def _by_line(points: Sequence[Point], palette: Palette) -> Iterator[Series]:
@@ -84,14 +84,15 @@ def _by_line(points: Sequence[Point], palette: Palette) -> Iterator[Series]:
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(palette.lines[point.quality.who.framework].name, []).append(point)
-    names = labels(list(groups))
+    names = labels(list(groups), [_framework(p) for p in points])
     for line in sorted(groups, key=lambda name: (not is_guide(name), name)):
         own = groups[line]
-        levels = tuple(palette.lines[p.quality.who.framework].level.rpartition(" ")[2] for p in own)
+        option, _, _ = palette.lines[_framework(own[0])].level.rpartition(" ")
+        levels = tuple(palette.lines[_framework(p)].level.rpartition(" ")[2] for p in own)
         yield replace(
-            _series(own, names[line], palette.colours[own[0].quality.who.framework]),
+            _series(own, names[line] + (f" ({option})" if option else ""), palette.colours[_framework(own[0])]),
             guide=is_guide(line),
-            captions=levels if any(levels) else (),
+            captions=levels if option else (),
         )
 
 
@@ -120,6 +121,10 @@ def _series(own: Sequence[Point], label: str, colour: str) -> Series:
         hollow=tuple(p.standing is not Standing.ON for p in own),
         sizes=(GUIDE_MARKER if guide else MARKER,) * len(own),
     )
+
+
+def _framework(point: Point) -> str:
+    return point.quality.who.framework
 
 
 def _name(point: Point) -> str:

@@ -42,12 +42,12 @@ def lines(frameworks: Sequence[str]) -> dict[str, Line]:
             for name in names}  # fmt: skip
 
 
-def labels(names: Sequence[str]) -> dict[str, str]:
-    """Short labels of lines: without the options that every use of a method has at the same value.
+def labels(names: Sequence[str], among: Sequence[str] | None = None) -> dict[str, str]:
+    """Short labels of lines: without the options that every use of a method `among` the frameworks has at one value.
 
-    Of one line alone nothing is left out: see `shared`.
+    Of a method that is used once nothing is left out: see `shared`.
     """
-    left_out = shared(names)
+    left_out = shared(names if among is None else among)
     out = {}
     for name in dict.fromkeys(names):
         parts = []

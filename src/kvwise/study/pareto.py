@@ -8,6 +8,8 @@ from enum import StrEnum
 from kvwise.study.estimate import Estimate, Z
 from kvwise.study.scores import QualityFigures
 
+ALIKE = 1.01  # bytes that differ by less are equal: medians over steps differ by as much
+
 
 class Bytes(StrEnum):
     """Which bytes are counted against the score."""
@@ -26,7 +28,7 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A strategy with its bytes per token and its score.
+    """A strategy with its bytes per token and its score. Bytes that differ by less than 1 % count as equal.
 
     `beaten_by` is, of those that are better beyond the error with no more bytes, the one with the best score; None
     unless `standing` is OFF.
@@ -70,13 +72,16 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def _point(
     q: QualityFigures, size: float, score: Estimate, known: Sequence[tuple[QualityFigures, float, Estimate]]
 ) -> Point:
-    if not any(_dominates((-other_size, other.value), (-size, score.value)) for _, other_size, other in known):
+    rivals = [(p, other_size, other) for p, other_size, other in known if other_size <= size * ALIKE]
+    ahead = (other.value > score.value or (other.value == score.value and other_size * ALIKE < size)
+             for _, other_size, other in rivals)  # fmt: skip
+    if not any(ahead):
         return Point(q, size, score, Standing.ON)
-    better = [(other.value, p.who.order, p) for p, other_size, other in known
-              if other_size <= size and _clearly_above(other, score)]  # fmt: skip
+    better = [(other.value, -other_size, p.who.order, p) for p, other_size, other in rivals
+              if _clearly_above(other, score)]  # fmt: skip
     if not better:
         return Point(q, size, score, Standing.WITHIN)
-    return Point(q, size, score, Standing.OFF, max(better, key=lambda found: found[:2])[2])
+    return Point(q, size, score, Standing.OFF, max(better, key=lambda found: found[:3])[3])
 
 
 def _clearly_above(a: Estimate, b: Estimate) -> bool:

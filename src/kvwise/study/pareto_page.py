@@ -9,6 +9,7 @@ from kvwise.study.markup import table, who
 from kvwise.study.palette import short
 from kvwise.study.pareto import Bytes, Point, Standing, front_of, pareto
 from kvwise.study.scores import Attested, QualityFigures
+from kvwise.study.who import Who
 
 HEADING = "Pareto set"
 NATIVE = "kept, dropped and merged are shares of all tokens in all layers and heads; read: of what could be fetched"
@@ -64,13 +65,13 @@ def pareto_section(everyone: Sequence[QualityFigures], paint: Mapping[str, str])
     for q in order:
         row = [who(q.who, dict(paint)), words.estimate(q.score)]
         for count in counts:
-            row += _standing(found[count].get(q.who), numbers[count].get(q.who))
+            row += _standing(found[count].get(q.who), numbers[count])
         rows.append(row + (_attested(q.attested) if attested else []))
     numeric = [i for i, name in enumerate(head) if i and not name.startswith("on the front")]
     note = (
         '<p class="soft small">On the front: <b>number</b>, by its value nobody holds no more bytes and answers better '
         "(numbered from many bytes to few); <i>within the error</i>, somebody does, but not by more than 1.96 combined "
-        f"standard errors; otherwise who beats it.{' Attested by the engine: ' + NATIVE + '.' if attested else ''}</p>"
+        f"standard errors; <i>no</i>: the number of who does. Bytes that differ by less than 1 % count as equal.{' Attested by the engine: ' + NATIVE + '.' if attested else ''}</p>"
     )
     return table(head, rows, numeric=numeric, keep_first=True) + note
 
@@ -108,14 +109,16 @@ def _place(found: Mapping[Any, Point], q: QualityFigures) -> float:
     return -found[q.who].num_bytes if q.who in found else 0.0
 
 
-def _standing(point: Point | None, number: int | None) -> list[str]:
+def _standing(point: Point | None, numbers: Mapping[Who, int]) -> list[str]:
     if point is None:
         return ["–", "–"]
-    if number is not None:
-        return [words.size(point.num_bytes), f"<b>{number}</b>"]
+    size, who_it_is = words.size(point.num_bytes), point.quality.who
+    if who_it_is in numbers:
+        return [size, f"<b>{numbers[who_it_is]}</b>"]
     if point.beaten_by is None:
-        return [words.size(point.num_bytes), f"<i>{Standing.WITHIN}</i>"]
-    return [words.size(point.num_bytes), f'<span class="soft">{escape(point.beaten_by.who.label)}</span>']
+        return [size, f"<i>{Standing.WITHIN}</i>"]
+    better = point.beaten_by.who
+    return [size, f'<span class="soft">no: {escape(str(numbers.get(better, better.label)))}</span>']
 
 
 def _attested(told: Attested | None) -> list[str]:

@@ -129,7 +129,7 @@ def _layout(chart: Chart) -> dict[str, Any]:
 
 def _margin(chart: Chart) -> int:
     """Pixels on the right for the longest name there."""
-    return min(150, max(100, 14 + round(6.4 * max((len(s.label) for s in chart.series), default=0))))
+    return min(200, max(100, 14 + round(6.4 * max((len(s.label) for s in chart.series), default=0))))
 
 
 def _x_axis(chart: Chart) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def write_png(chart: Chart, path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.0), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
     top = _heading(figure, chart)
-    axes = figure.add_axes((0.12, 0.13, 0.68, top - 0.13))
+    # Names at the ends of lines take what they need on the right, but leave half of the figure to the lines.
+    longest = max((len(s.label) for s in chart.series), default=0)
+    axes = figure.add_axes((0.12, 0.13, max(0.5, min(0.68, 0.86 - 0.0085 * longest)), top - 0.13))
     if chart.shape is Shape.BAR:
         axes.set_position((0.2, 0.13, 0.72, top - 0.13))
         _bars(axes, chart)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvwise.core.errors import CapacityError
 from kvwise.core.output import HeadReport
-from kvwise.methods.retention.base import Kept, PromptView
+from kvwise.methods.retention.base import DecodeView, Kept, PromptView
 from kvwise.methods.retention.streaming import Streaming
 from kvwise.methods.selection.topk import TopKIndex
 from tests.engine.runs import finish, greedy, prompts, require_empty, run, sequence_of
@@ -145,7 +145,9 @@ def recalled_of(heads: list[list[HeadReport]]) -> list[list[list[int]]]:
     return [[head.recalled for head in layer] for layer in heads]
 
 
-def steps_of(engine: Any, prompt: list[int], forced: list[int]) -> tuple[list[Tensor], list[Sets], list[Sets]]:
+def steps_of(
+    engine: Any, prompt: list[int], forced: list[int], note: Callable[[Any, Any], object] = lambda *_: None
+) -> tuple[list[Tensor], list[Sets], list[Sets]]:
     """Logits behind the prompt and each forced token, and what each of those steps found on the device and fetched."""
     seen: list[Tensor] = []
     name = engine.add_request(
@@ -160,6 +162,7 @@ def steps_of(engine: Any, prompt: list[int], forced: list[int]) -> tuple[list[Te
         if settled:
             kept.append(sets(placement.kept_positions(sequence)))
             require_a_place_for_each(placement, sequence)
+            note(placement, sequence)
         outputs = engine.step()
         if settled:
             heads = placement.explain(sequence) if sequence.settled else outputs[0].attestation.heads
@@ -200,7 +203,9 @@ def test_attention_is_one_softmax_over_what_stays_and_what_is_recalled(
 
 def test_h2o_lets_go_by_the_attention_that_is_shared_with_what_is_recalled(serve: Serve, load: Load) -> None:
     (prompt,), (forced,) = prompts(70), prompts(16, seed=5)
-    _, kept, recalled = steps_of(serve("3m", "h2o(budget=0.2)+topk(budget=0.5)"), prompt, forced)
+    views: list[DecodeView] = []
+    engine = serve("3m", "h2o(budget=0.2)+topk(budget=0.5)")
+    _, kept, recalled = steps_of(engine, prompt, forced, lambda p, s: views.append(p._pages._evictor._view([s])))
     dense = DenseOver(load("3m"))
     dense.step(prompt)
     mass = [dense.weights[layer].unflatten(0, (2, -1)).sum((1, 2)) for layer in range(6)]  # [H, T]
@@ -214,7 +219,12 @@ def test_h2o_lets_go_by_the_attention_that_is_shared_with_what_is_recalled(serve
                 mass[layer] = torch.nn.functional.pad(mass[layer], (0, 1)) + received
             (gone,) = (kept[i][layer][head] | {now}) - kept[i + 1][layer][head]
             others = [p for p in kept[i + 1][layer][head] if p <= now - 7]  # the seven latest stay in any case
-            score = mass[layer][head].tolist()
+            view, score = views[i + 1], mass[layer][head].tolist()
+            used, at = view.used[0, layer, head], view.positions[0, layer, head]
+            assert view.mass is not None
+            torch.testing.assert_close(
+                view.mass[0, layer, head][used], mass[layer][head][at[used].long()], atol=1e-4, rtol=1e-4
+            )
             assert gone <= now - 7
             assert score[gone] <= min(score[p] for p in others) * (1 + 1e-4)
 
@@ -297,6 +307,21 @@ def test_bytes_on_both_sides_are_those_computed_by_hand(serve: Serve) -> None:
     )
     finish(engine)
     require_all_empty(engine)
+
+
+def test_staging_pages_are_lent_layer_by_layer(serve: Serve) -> None:
+    """With nothing kept, one layer's rows at a time; with rows kept, every layer's, until the request ends."""
+    for keep in (0, 1):
+        engine = serve("3m", f"window(budget=0.2)+topk(budget=0.4, keep={keep})", blocks=60)
+        layout, staging = engine.memory.layout, engine.memory.placement._tiers.staging
+        engine.add_request(prompts(100)[0], greedy(5))
+        engine.step()
+        engine.step()
+        each = layout.num_kv_heads * layout.num_blocks_for(int(0.4 * 80) + 1)
+        assert len(staging.keys) - staging.num_free == keep * layout.num_layers * each
+        assert len(staging.keys) <= (layout.num_layers if keep else 1) * each * (1 + keep)
+        finish(engine)
+        require_all_empty(engine)
 
 
 def test_methods_that_keep_the_output_demote_the_prompt_only(serve: Serve) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from kvwise.cache.manager import CacheManager
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.heirs import Folding, Heir
-from kvwise.engine.placement.marking import mark
 from kvwise.engine.placement.page_state import UNLIMITED, Counts, Heads, Ints, PageState
 from kvwise.engine.placement.sealing import Sealer
 from kvwise.engine.placement.settling import PromptKV
@@ -104,7 +103,7 @@ class Evictor:
         num_pages = self._state.on_device(-(-held // size))[..., None]
         mine = torch.arange(tables.shape[-1], device=tables.device) < num_pages
         of_page = [part[..., None].expand_as(mine)[mine] for part in (bound, position)]
-        mark(columns["mass"], columns["marked"], tables[mine].long(), of_page[0], of_page[1])
+        self._kernels.mark(columns["mass"], columns["marked"], tables[mine].long(), of_page[0], of_page[1])
 
     # -- one for one --------------------------------------------------------------------------------------------
 
