@@ -63,6 +63,7 @@ class Attend {
         workspace_.prepare(call_.num_threads);
         const int threads = useful_threads();
         parallel_for(int64_t(tasks_.size()), threads, [this](int64_t i, int worker) { run_task(tasks_[i], worker); });
+        weigh_rows();
         const int64_t num_splits = int64_t(splits_.size());
         parallel_for(num_splits + int64_t(mass_tasks_.size()), threads, [&](int64_t i, int worker) {
             if (i < num_splits) {
@@ -82,6 +83,7 @@ class Attend {
     std::vector<Task> tasks_;
     std::vector<Split> splits_;
     std::vector<MassTask> mass_tasks_;
+    std::vector<float> weighed_;  // lse of rows whose mass does not count once
 
     int32_t num_queries(int32_t b) const { return call_.query_start[b + 1] - call_.query_start[b]; }
 
@@ -101,6 +103,7 @@ class Attend {
         v.block_size = segment.block_size;
         v.length = length(segment, b, h);
         v.causal = segment.causal;
+        if (segment.queries) v.queries = segment.queries + query_offset(b, h);
         if (segment.is_sealed) look_into_packed(segment, b, h, v);
         return v;
     }
@@ -125,12 +128,15 @@ class Attend {
         return all;
     }
 
+    int64_t query_offset(int32_t b, int32_t h) const {
+        return call_.query_start[b] * call_.query_token_stride +
+               int64_t(h) * call_.shape.group * call_.query_head_stride;
+    }
+
     QueryView query_view(int32_t b, int32_t h) const {
         const int64_t first = call_.query_start[b];
-        return {
-            call_.queries + first * call_.query_token_stride + int64_t(h) * call_.shape.group * call_.query_head_stride,
-            call_.query_token_stride, call_.query_head_stride,
-            call_.query_positions ? call_.query_positions + first : nullptr, num_queries(b)};
+        return {call_.queries + query_offset(b, h), call_.query_token_stride, call_.query_head_stride,
+                call_.query_positions ? call_.query_positions + first : nullptr, num_queries(b)};
     }
 
     int64_t num_query_heads() const { return int64_t(call_.num_heads) * call_.shape.group; }
@@ -444,9 +450,18 @@ class Attend {
             lse_of(b, h)[(r / group) * num_query_heads() + r % group] = lse[r];
         }
         if (!wants_mass(b)) return;
+        for (int64_t r = 0; call_.fading && r < rows_of(b); ++r) lse[r] += call_.fading[call_.query_start[b] + r / group];
         const std::lock_guard<std::mutex> lock(head_locks_[h]);
         for (size_t i = 0; i < num_parts; ++i)
             set_.decode_mass({&parts[i], lse, (num_queries(b) - counted_queries(b)) * group});
+    }
+
+    // A row whose log-sum-exp is taken for larger gives less.
+    void weigh_rows() {
+        if (!call_.fading || mass_tasks_.empty()) return;
+        const int64_t heads = num_query_heads();
+        weighed_.assign(call_.lse, call_.lse + call_.num_tokens * heads);
+        for (int64_t i = 0; i < int64_t(weighed_.size()); ++i) weighed_[i] += call_.fading[i / heads];
     }
 
     void run_mass(const MassTask& mass, int worker) {
@@ -460,6 +475,7 @@ class Attend {
         task.from = mass.from;
         task.to = mass.to;
         task.lse = lse_of(mass.sequence, mass.head);
+        if (!weighed_.empty()) task.lse = weighed_.data() + (task.lse - call_.lse);
         task.lse_token_stride = num_query_heads();
         task.received = received;
         task.workspace = received + slots;

@@ -29,6 +29,7 @@ struct Segment {
     bool causal;
     const int32_t* positions;
     float* mass;
+    const float* queries;  // that its keys meet, with the strides of the call's; null: the call's
     bool is_sealed;  // with packed pages before the open ones; all below is theirs
     PackedPages packed;
     const int32_t* packed_tables;
@@ -56,6 +57,7 @@ struct AttendCall {
     const int32_t* query_start;
     const int32_t* query_positions;  // null: not given
     const int32_t* mass_rows;        // null: all rows count
+    const float* fading;             // [T]: a row counts exp(-fading) times towards the mass; null: once
     float* out;                      // [T, Hq, Dv]
     float* lse;                      // [T, Hq]
     int num_threads;

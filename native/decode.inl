@@ -227,6 +227,7 @@ struct Decoder {
     int64_t key_stride, value_stride;
     int64_t tile_index = 0;
     const SegmentView* chosen_for = nullptr;  // whose channels of the queries are chosen
+    const float* scaled_from = nullptr;       // which queries are scaled
 
     explicit Decoder(const DecodeTask& t)
         : task(t),
@@ -234,15 +235,25 @@ struct Decoder {
           key_stride(padded_query(t.shape->key_dim)),
           value_stride(padded(t.shape->value_dim)) {
         for (int32_t r = 0; r < rows; ++r) {
-            const float* query = t.queries.data + (r / t.shape->group) * t.queries.token_stride +
-                                 (r % t.shape->group) * t.queries.head_stride;
-            float* scaled = t.scaled_queries + r * key_stride;
-            for (int32_t d = 0; d < key_stride; ++d)
-                scaled[d] = d < t.shape->key_dim ? query[d] * t.shape->scale : 0.0f;
             t.result.maximum[r] = kMinusInfinity;
             t.result.sum[r] = 0.0f;
         }
         for (int64_t i = 0; i < rows * value_stride; ++i) t.result.out[i] = 0.0f;
+    }
+
+    // The queries that the segment's keys meet.
+    void scale_queries(const SegmentView& segment) {
+        const float* from = segment.queries ? segment.queries : task.queries.data;
+        if (from == scaled_from) return;
+        scaled_from = from;
+        chosen_for = nullptr;
+        const Shape& shape = *task.shape;
+        for (int32_t r = 0; r < rows; ++r) {
+            const float* query =
+                from + (r / shape.group) * task.queries.token_stride + (r % shape.group) * task.queries.head_stride;
+            float* scaled = task.scaled_queries + r * key_stride;
+            for (int32_t d = 0; d < key_stride; ++d) scaled[d] = d < shape.key_dim ? query[d] * shape.scale : 0.0f;
+        }
     }
 
     // Queries that meet packed keys: the channels that keys kept.
@@ -328,6 +339,7 @@ struct Decoder {
         float alpha[kMaxDecodeRows];
         constexpr int64_t score_stride = kDecodeTile + kDecodeSlack;
         float* scores = task.scratch;
+        scale_queries(segment);
         score(segment, tile, fetch_values, scores, score_stride);
         for (int32_t r = 0; r < rows; ++r) {
             hide_keys(shape, segment, tile, sights[r / shape.group], scores + r * score_stride);

@@ -33,13 +33,13 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-constexpr size_t kSegmentFields = 17, kSealedFields = kPackedFields + 13;
+constexpr size_t kSegmentFields = 18, kSealedFields = kPackedFields + 13;
 
 // Fields of a segment in the order of `_Fields` in kernels/cpu.py and, behind them, of its packed pages in that of
 // `sealed_fields` in kernels/cpu_sealed.py; one flat list is the cheapest thing to pass.
 Segment segment_of(const std::vector<int64_t>& f) {
     if (f.size() != kSegmentFields && f.size() != kSegmentFields + kSealedFields)
-        throw std::invalid_argument("a segment has 17 fields or, sealed, 51; got " + std::to_string(f.size()));
+        throw std::invalid_argument("a segment has 18 fields or, sealed, 52; got " + std::to_string(f.size()));
     Segment s{};
     s.keys = at<const void>(f[0]);
     s.values = at<const void>(f[1]);
@@ -58,6 +58,7 @@ Segment segment_of(const std::vector<int64_t>& f) {
     s.causal = f[14] != 0;
     s.positions = at<const int32_t>(f[15]);
     s.mass = at<float>(f[16]);
+    s.queries = at<const float>(f[17]);
     s.is_sealed = f.size() > kSegmentFields;
     if (!s.is_sealed) return s;
     const int64_t* sealed = f.data() + kSegmentFields + kPackedFields;
@@ -82,6 +83,7 @@ void bind_attend(nb::module_& m) {
     m.def("attend", [](Workspace& workspace, const std::string& set, int storage, int num_heads, int group, int key_dim,
                        int value_dim, int64_t num_tokens, int num_sequences, uintptr_t queries, int64_t token_stride,
                        int64_t head_stride, uintptr_t query_start, uintptr_t query_positions, uintptr_t mass_rows,
+                       uintptr_t fading,
                        const std::vector<std::vector<int64_t>>& segments, uintptr_t out, uintptr_t lse, float scale,
                        int window, float softcap, bool exact, int num_threads) {
         AttendCall call{};
@@ -95,6 +97,7 @@ void bind_attend(nb::module_& m) {
         call.query_start = at<const int32_t>(query_start);
         call.query_positions = at<const int32_t>(query_positions);
         call.mass_rows = at<const int32_t>(mass_rows);
+        call.fading = at<const float>(fading);
         call.out = at<float>(out);
         call.lse = at<float>(lse);
         call.num_threads = num_threads;

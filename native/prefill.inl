@@ -31,19 +31,32 @@ inline const float* row_query(const QueryView& queries, int32_t group, int32_t r
     return queries.data + (row / group) * queries.token_stride + (row % group) * queries.head_stride;
 }
 
+inline void fill_queries(const Shape& shape, const QueryView& queries, RowGroup& group) {
+    const int32_t lanes = group.lanes();
+    for (int32_t i = 0; i < lanes; ++i) {
+        // Spare lanes repeat the last row; nothing of them is written out.
+        const float* query = row_query(queries, shape.group, group.first_row + (i < group.count ? i : group.count - 1));
+        for (int32_t d = 0; d < shape.key_dim; ++d) group.queries[int64_t(d) * lanes + i] = query[d] * shape.scale;
+    }
+}
+
+// The queries that a segment's keys meet.
+inline QueryView queries_for(const SegmentView& segment, const QueryView& queries) {
+    QueryView met = queries;
+    if (segment.queries) met.data = segment.queries;
+    return met;
+}
+
 inline void start_group(const Shape& shape, const QueryView& queries, int32_t first_row, int32_t last_row,
                         RowGroup& group) {
     group.first_row = first_row;
     group.count = last_row - first_row < kMaxGroupRows ? last_row - first_row : kMaxGroupRows;
     group.vectors = (group.count + Vec::kLanes - 1) / Vec::kLanes;
-    const int32_t lanes = group.lanes();
-    for (int32_t i = 0; i < lanes; ++i) {
-        // Spare lanes repeat the last row; nothing of them is written out.
-        const float* query = row_query(queries, shape.group, first_row + (i < group.count ? i : group.count - 1));
-        for (int32_t d = 0; d < shape.key_dim; ++d) group.queries[int64_t(d) * lanes + i] = query[d] * shape.scale;
+    for (int32_t i = 0; i < group.lanes(); ++i) {
         group.maximum[i] = kMinusInfinity;
         group.sum[i] = 0.0f;
     }
+    fill_queries(shape, queries, group);
 }
 
 // What the rows of a group see of a segment.
@@ -255,8 +268,13 @@ void prefill(const PrefillTask& task) {
         start_group(shape, task.queries, row, task.last_row, group);
         for (int64_t i = 0; i < int64_t(shape.value_dim) * group.lanes(); ++i) group.sums[i] = 0.0f;
     }
+    const float* filled = task.queries.data;
     for (int32_t s = 0; s < task.num_segments; ++s) {
         const SegmentView& segment = task.segments[s];
+        if (segment.length == 0) continue;
+        const QueryView queries = queries_for(segment, task.queries);
+        for (int32_t g = 0; queries.data != filled && g < num_groups; ++g) fill_queries(shape, queries, groups[g]);
+        filled = queries.data;
         int32_t lo = segment.length, hi = 0;
         for (int32_t g = 0; g < num_groups; ++g) {
             look_at(shape, segment, task.queries, groups[g]);
@@ -310,7 +328,7 @@ void prefill_mass(const PrefillMassTask& task) {
             RowGroup& group = groups[num_groups];
             group.queries = next;
             next += padded(shape.key_dim) * kMaxGroupRows;
-            start_group(shape, task.queries, row, last, group);
+            start_group(shape, queries_for(task.segment, task.queries), row, last, group);
             look_at(shape, task.segment, task.queries, group);
             for (int32_t i = 0; i < group.lanes(); ++i) {
                 const int32_t at = row + i;

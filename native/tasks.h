@@ -22,6 +22,7 @@ struct SegmentView {
     int64_t block_size;
     int32_t length;
     bool causal;
+    const float* queries;  // that its keys meet: query 0, head 0 of the group; null: the task's
     // Tokens below key_length have their keys in packed pages, those below value_length their values; the others lie at
     // open slot token - open_base of the table above.
     const PackedPages* packed;  // null: every token is open

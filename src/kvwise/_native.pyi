@@ -23,6 +23,7 @@ def attend(
     query_start: int,
     query_positions: int,
     mass_rows: int,
+    fading: int,
     segments: list[list[int]],
     out: int,
     lse: int,

@@ -177,7 +177,7 @@ def test_sealing_leaves_the_bytes_of_the_reference(part: Part, kernels: Kernels)
     target = arena_for(form, 8)
     mine = copied(target)
     slots = torch.randperm(128, generator=torch.Generator().manual_seed(1))[:96].view(3, 32)
-    pages, arena = torch.tensor([4, 1, 8]), rows_of(0)
+    pages, arena = torch.tensor([3, 1, 8]), rows_of(0)
     for family, packed, device in ((REFERENCE, target, CPU), (kernels, mine, DEVICE)):
         family.seal_keys(arena.to(device), slots.to(device), packed, pages.to(device))
         family.seal_values(arena.to(device), slots.flip(0).to(device), packed, pages.to(device))

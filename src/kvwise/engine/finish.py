@@ -133,6 +133,8 @@ class Finisher:
     def _settle(self, sequence: Sequence) -> None:
         """Hand a sequence to the placement; the latest others make room if there is none. Only it may fail."""
         self._scheduler.offer_rest(sequence)
+        if self._memory.loads is not None:
+            self._memory.loads.prefilled(sequence)
         try:
             while not self._memory.placement.settle(sequence):
                 other = self._scheduler.latest(besides=sequence)

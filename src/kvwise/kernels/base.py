@@ -64,6 +64,7 @@ class Segment:
     )
     mass: Tensor | None = None  # float32 [P, block_size]; the softmax mass each key receives is added here
     sealed: Sealed | None = None  # packed pages before the open ones
+    queries: Tensor | None = None  # [T, Hq, Dk]: what these keys meet instead of the call's (rotated otherwise)
 
     @property
     def whole_blocks(self) -> bool:
@@ -107,6 +108,7 @@ class Kernels(Protocol):
         query_positions: Tensor | None = None,
         want_lse: bool = False,
         mass_rows: Tensor | None = None,
+        mass_fading: Tensor | None = None,
     ) -> Attention:
         """Softmax attention of flat queries over the slots of all segments, accumulated in float32.
 
@@ -119,27 +121,10 @@ class Kernels(Protocol):
         mass_rows: int32 [B]; only the last ``mass_rows[b]`` rows of a sequence count towards the mass (None: all
             rows). The mass of a key is the sum of its true probabilities, after the merge over all segments, over
             the counted rows and the G heads reading it. It needs no T x T memory in any family.
+        mass_fading: float32 [T]; a row's probabilities count ``exp(-mass_fading)`` times towards the mass (None: once).
 
         A query that sees no key, or that no sequence owns, gets out 0 and lse -inf.
         Raises UsageError on shapes that do not fit; native kernels also on pages outside an arena.
-        """
-        ...
-
-    def add_mass(
-        self,
-        queries: Tensor,
-        query_start: Tensor,
-        segments: Sequence[Segment],
-        lse: Tensor,
-        *,
-        scale: float,
-        softcap: float | None = None,
-    ) -> None:
-        """Add to the mass of every visible key ``exp(logit - lse)`` of each query, lse float32 [T, Hq].
-
-        With a lse from `attend` that is its probability; with less or more, the probability times any number, such as
-        the weight of a row, or the share of these segments where queries differ from segment to segment. Segments are
-        open pages per head; there is no window.
         """
         ...
 
@@ -234,13 +219,14 @@ def check_attend(
         raise UsageError(f"{num_query_heads} query heads are not a multiple of {num_heads} KV heads")
     num_sequences = query_start.shape[0] - 1
     for segment in segments:
-        _check_segment(segment, num_sequences, num_heads, queries.shape[2])
+        _check_segment(segment, num_sequences, num_heads, queries.shape)
     if query_positions is not None and query_positions.shape != queries.shape[:1]:
         raise UsageError(f"query_positions has shape {tuple(query_positions.shape)}, queries need [{queries.shape[0]}]")
     return num_heads
 
 
-def _check_segment(segment: Segment, num_sequences: int, num_heads: int, head_dim: int) -> None:
+def _check_segment(segment: Segment, num_sequences: int, num_heads: int, shape: Sequence[int]) -> None:
+    head_dim = shape[2]
     keys, values, tables = segment.keys, segment.values, segment.tables
     if keys.shape[:2] != values.shape[:2] or keys.dtype != values.dtype:
         raise UsageError(
@@ -255,6 +241,8 @@ def _check_segment(segment: Segment, num_sequences: int, num_heads: int, head_di
             f"tables {tuple(tables.shape)} and lengths {tuple(segment.lengths.shape)} "
             f"do not fit {num_sequences} sequences, {num_heads} KV heads"
         )
+    if segment.queries is not None and segment.queries.shape != shape:
+        raise UsageError(f"a segment's queries {tuple(segment.queries.shape)} must be as the call's {tuple(shape)}")
     if segment.sealed is not None:
         _check_sealed(segment, segment.sealed, lead, head_dim)
 

@@ -9,7 +9,6 @@ from kvwise import _native
 from kvwise.core.errors import UsageError
 from kvwise.kernels.base import Attention, Segment, check_attend
 from kvwise.kernels.cpu_sealed import STORAGE, CpuSealing, SealedFields, address, call
-from kvwise.kernels.given_mass import GivenMass
 from kvwise.kernels.reference import ReferenceKernels
 
 
@@ -18,7 +17,7 @@ def instruction_sets() -> list[str]:
     return _native.instruction_sets()
 
 
-class CpuKernels(GivenMass, CpuSealing):
+class CpuKernels(CpuSealing):
     """C++ kernels for one instruction set; float32 sums for every storage dtype. See `kvwise.kernels.base.Kernels`.
 
     They use `num_threads` threads; None: as many as torch does at the time of the call.
@@ -58,6 +57,7 @@ class CpuKernels(GivenMass, CpuSealing):
         query_positions: Tensor | None = None,
         want_lse: bool = False,
         mass_rows: Tensor | None = None,
+        mass_fading: Tensor | None = None,
     ) -> Attention:
         """See `Kernels.attend`."""
         num_heads = check_attend(queries, query_start, segments, query_positions)
@@ -65,11 +65,13 @@ class CpuKernels(GivenMass, CpuSealing):
         num_tokens, num_query_heads, key_dim = queries.shape
         value_dim = segments[0].values.shape[2]
         rows = queries.float()
-        if rows.stride(2) != 1:
+        apart = any(segment.queries is not None for segment in segments)
+        if rows.stride(2) != 1 or apart:
             rows = rows.contiguous()
         starts = _ints(query_start)
         positions = None if query_positions is None else _ints(query_positions)
         counted = None if mass_rows is None else _ints(mass_rows)
+        fading = None if mass_fading is None else mass_fading.float().contiguous()
         views = [_Fields(segment) for segment in segments]
         out = torch.empty((num_tokens, num_query_heads, value_dim), dtype=torch.float32)
         lse = torch.empty((num_tokens, num_query_heads), dtype=torch.float32)
@@ -91,6 +93,7 @@ class CpuKernels(GivenMass, CpuSealing):
                 starts.data_ptr(),
                 0 if positions is None else positions.data_ptr(),
                 0 if counted is None else counted.data_ptr(),
+                0 if fading is None else fading.data_ptr(),
                 [view.fields for view in views],
                 out.data_ptr(),
                 lse.data_ptr(),
@@ -238,7 +241,8 @@ class _Fields:
         tables, lengths = _ints(segment.tables), _ints(segment.lengths)
         whole = segment.whole_blocks
         sealed = None if segment.sealed is None else SealedFields(segment.sealed)
-        self.alive = (tables, lengths, sealed)
+        met = None if segment.queries is None else segment.queries.float().contiguous()
+        self.alive = (tables, lengths, met, sealed)
         self.fields = [
             address(segment.keys),
             address(segment.values),
@@ -257,6 +261,7 @@ class _Fields:
             segment.causal,
             0 if segment.positions is None else address(segment.positions),
             0 if segment.mass is None else address(segment.mass),
+            0 if met is None else met.data_ptr(),
             *(() if sealed is None else sealed.fields),
         ]
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kvwise.kernels.base import Attention, Segment, check_attend
-from kvwise.kernels.given_mass import GivenMass
 from kvwise.kernels.reference_sealed import ReferenceSealing, sealed_rows
 
 # Query rows handled at once: the logits held are ROWS x keys, so that a long prompt needs no T x T matrix here either.
@@ -42,7 +41,7 @@ class _Look:
     softcap: float | None
 
 
-class ReferenceKernels(GivenMass, ReferenceSealing):
+class ReferenceKernels(ReferenceSealing):
     """Plain torch kernels; see `kvwise.kernels.base.Kernels` for what each must do."""
 
     name = "reference"
@@ -59,6 +58,7 @@ class ReferenceKernels(GivenMass, ReferenceSealing):
         query_positions: Tensor | None = None,
         want_lse: bool = False,
         mass_rows: Tensor | None = None,
+        mass_fading: Tensor | None = None,
     ) -> Attention:
         """See `Kernels.attend`."""
         num_heads = check_attend(queries, query_start, segments, query_positions)
@@ -70,15 +70,20 @@ class ReferenceKernels(GivenMass, ReferenceSealing):
             counted_from = first if mass_rows is None else max(first, last - int(mass_rows[b]))
             for start in range(first, last, ROWS):
                 rows = torch.arange(start, min(start + ROWS, last), device=queries.device)
-                grouped = _grouped(queries[rows], num_heads)
                 positions = None if query_positions is None else query_positions[rows].long()
                 look = _Look(rows - first, last - first, positions, scale, window, softcap)
-                total, probs = _softmax([_logits(grouped, view, look) for view in views])
+                met = [queries if view.segment.queries is None else view.segment.queries for view in views]
+                total, probs = _softmax([
+                    _logits(_grouped(of[rows], num_heads), view, look) for of, view in zip(met, views, strict=True)
+                ])  # fmt: skip
                 parts = [torch.einsum("hngs,hsd->nhgd", p, view.values) for p, view in zip(probs, views, strict=True)]
                 out[rows] = torch.stack(parts).sum(0).flatten(1, 2).to(out.dtype)
                 lse[rows] = total.transpose(0, 1).flatten(1, 2)
+                counted = (rows >= counted_from).float()
+                if mass_fading is not None:
+                    counted *= (-mass_fading[rows]).exp()
                 for part, view in zip(probs, views, strict=True):
-                    _add_mass(part, view, (rows >= counted_from).float())
+                    _add_mass(part, view, counted)
         return Attention(out, lse if want_lse else None)
 
     def append(
@@ -217,7 +222,7 @@ def _softmax(logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _add_mass(probs: Tensor, view: _View, counted: Tensor) -> None:
-    """Add what each slot received from the counted rows; probs [H, n, G, S], counted [n] of 0 and 1."""
+    """Add what each slot received from the counted rows; probs [H, n, G, S], counted [n] is what a row counts."""
     sealed = view.segment.sealed
     columns = [(view.segment.mass, view.slots, None if view.in_sealed is None else ~view.in_sealed)]
     if sealed is not None and view.sealed_slots is not None:

@@ -51,8 +51,14 @@ class TritonKernels(TritonSealing, ReferenceKernels):
         query_positions: Tensor | None = None,
         want_lse: bool = False,
         mass_rows: Tensor | None = None,
+        mass_fading: Tensor | None = None,
     ) -> Attention:
-        """See `Kernels.attend`."""
+        """See `Kernels.attend`; rows that fade and segments with queries of their own are the reference's."""
+        if mass_fading is not None or any(segment.queries is not None for segment in segments):
+            return super().attend(
+                queries, query_start, segments, scale=scale, window=window, softcap=softcap,
+                query_positions=query_positions, want_lse=want_lse, mass_rows=mass_rows, mass_fading=mass_fading,
+            )  # fmt: skip
         num_heads = check_attend(queries, query_start, segments, query_positions)
         if queries.stride(2) != 1:
             queries = queries.contiguous()

@@ -12,7 +12,10 @@ from kvwise.study.scores import Attested, QualityFigures
 from kvwise.study.who import Who
 
 HEADING = "Pareto set"
-NATIVE = "kept, dropped and merged are shares of all tokens in all layers and heads; read: of what could be fetched"
+ATTESTED = (
+    " Attested by the engine: kept, dropped and merged are shares of all tokens in all layers and heads that store; "
+    "read is the share of what could be fetched, reused that of tokens that another request had computed."
+)
 
 
 def by_place(here: Sequence[QualityFigures]) -> dict[tuple[str, str, int], list[QualityFigures]]:
@@ -71,7 +74,8 @@ def pareto_section(everyone: Sequence[QualityFigures], paint: Mapping[str, str])
     note = (
         '<p class="soft small">On the front: <b>number</b>, by its value nobody holds no more bytes and answers better '
         "(numbered from many bytes to few); <i>within the error</i>, somebody does, but not by more than 1.96 combined "
-        f"standard errors; <i>no</i>: the number of who does. Bytes that differ by less than 1 % count as equal.{' Attested by the engine: ' + NATIVE + '.' if attested else ''}</p>"
+        "standard errors; <i>no</i>: the number of who does. Bytes that differ by less than 1 % count as equal."
+        f"{ATTESTED if attested else ''}</p>"
     )
     return table(head, rows, numeric=numeric, keep_first=True) + note
 

@@ -38,7 +38,7 @@ def _heading(figure: Figure, chart: Chart) -> float:
     """Title and note, broken where they would be cut; the height on the figure below which there is room."""
     place = 0.985
     for text, size, width, weight in (
-        (f"{chart.section}: {chart.heading}", 11.0, 78, "bold"),
+        (f"{chart.section}: {chart.heading}", 11.0, 72, "bold"),
         (chart.note, 7.5, 118, "normal"),
     ):
         lines = wrap(text, width)

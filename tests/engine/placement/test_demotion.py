@@ -103,6 +103,15 @@ def test_a_full_host_makes_room_as_a_full_device_does(serve: Serve) -> None:
         engine.add_request(prompts(60)[0], greedy(240))
 
 
+@pytest.mark.parametrize("strategy", ["topk(budget=1)", "h2o(budget=0.2)+clusterkv(budget=1, update=5)"])
+def test_kernels_written_in_torch_do_the_same(serve: Serve, strategy: str) -> None:
+    """Their writes are torch's own, which minds whose inference mode a tensor was made in."""
+    many = prompts(40, 23)
+    expected = [o.token_ids for o in run(serve("llama-tiny"), many, greedy(8))]
+    outputs = run(serve("llama-tiny", strategy, kernels="reference"), many, greedy(8))
+    assert [(o.error, o.token_ids) for o in outputs] == [(None, tokens) for tokens in expected]
+
+
 def test_half_precision_and_shared_prefixes(serve: Serve) -> None:
     (first,) = prompts(64)
     many = [first + rest for rest in prompts(9, 30, seed=3)]

@@ -296,6 +296,12 @@ class Loads:
             sequence.metrics.miss = str(miss)
         self._leave(load)
 
+    def prefilled(self, sequence: Seq) -> None:
+        """The sequence's prefill has ended: its load no longer holds the blocks, which are about to be rearranged."""
+        load = self._loads.get(sequence)
+        if load is not None and load.broken is None:
+            self._finish(sequence, load)
+
     def cancel(self, sequence: Seq) -> None:
         """The sequence goes: its load ends as soon as the transfer under way does."""
         load = self._loads.pop(sequence, None)

@@ -67,9 +67,11 @@ class Staging:
     def _grow(self, num_pages: int) -> None:
         have = len(self.keys)
         more = max(num_pages, have // 2)
-        self.keys, self.values = (
-            torch.cat([t, t.new_empty((more, *t.shape[1:]))]) for t in (self.keys, self.values)
-        )  # fmt: skip
+        # Grown while the model runs, but written by a link's thread, to which its inference mode does not extend.
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                torch.cat([t, t.new_empty((more, *t.shape[1:]))]) for t in (self.keys, self.values)
+            )  # fmt: skip
         self._free = np.concatenate([np.arange(have, have + more), self._free])
 
     @property

@@ -2,16 +2,32 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvwise.engine.placement.strided_part import Stretch, Turned
+from kvwise.engine.placement.strided_part import Stretch
 from kvwise.methods.retention.strided import Layout, Run
 
 Geometry = tuple[tuple[int, int, int], ...]  # of each run: whose row, first slot, pages
 MOST_KNOWN = 64  # tables held
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Slots of a page, query_start, the open runs, others that meet queries as they are, and those that do not.
+
+    The latter meet queries that turn by `turns` int64 [F, T] positions.
+    """
+
+    unit: int
+    query_start: Tensor
+    open: Stretch
+    others: list[Stretch]
+    turned: list[Stretch]
+    turns: Tensor
 
 
 class Stretches:
@@ -28,48 +44,29 @@ class Stretches:
 
     def of(
         self, rows: Sequence[int], layouts: Sequence[Layout], ends: Sequence[int], counts: Sequence[int], slots: Tensor
-    ) -> tuple[int, Tensor, Stretch, list[Stretch], Turned | None]:
-        """Slots of a page, query_start, the open runs, others that meet queries as they are, and those that do not.
+    ) -> Found:
+        """How the rows' runs are attended to, with so many new tokens from slot `ends` on.
 
-        `ends`: where each row's new tokens, so many, begin. slots: int64 [R, L, H, S] of every row.
+        slots: int64 [R, L, H, S] of every row.
         """
         split = [_split(layout) for layout in layouts]
         others = [[run for run in runs if not run.turn] for runs, _ in split]
         turned = [[run for run in runs if run.turn] for runs, _ in split]
         opened = [Run(first, end - first + n) for (_, first), end, n in zip(split, ends, counts, strict=True)]
         unit = math.gcd(self._size, *(run.start for runs in (opened, *others, *turned) for run in runs))
-        start = self._counts([0, *np.cumsum(counts)])
-        return (
-            unit,
-            start,
-            self._stretch(rows, opened, unit, slots),
-            [
-                self._stretch(rows, [_nth(runs, i) for runs in others], unit, slots)
-                for i in range(max(len(runs) for runs in others))
-            ],
-            self._turned(rows, turned, counts, unit, slots),
-        )
 
-    def _turned(
-        self, rows: Sequence[int], turned: Sequence[Sequence[Run]], counts: Sequence[int], unit: int, slots: Tensor
-    ) -> Turned | None:
-        most = max(len(runs) for runs in turned)
-        if not most:
-            return None
-        runs = [_nth(of, i) for of in turned for i in range(most)]
-        many = np.repeat(counts, most)
-        firsts = np.cumsum(counts) - counts
-        row_of = [np.arange(first, first + n) for first, n in zip(firsts, counts, strict=True) for _ in range(most)]
-        starts = np.concatenate([[0], np.cumsum(many)])
-        places = [
-            starts[b * most : (b + 1) * most] + np.arange(n)[:, None] for b, n in enumerate(counts)
-        ]  # [n, F] for each sequence
-        return Turned(
-            self._stretch(np.repeat(rows, most).tolist(), runs, unit, slots),
-            self._counts(starts),
-            self._longs(np.concatenate(row_of)),
-            self._longs(np.repeat([run.turn for run in runs], many)),
-            self._longs(np.concatenate(places)),
+        def side_by_side(runs: Sequence[Sequence[Run]]) -> list[list[Run]]:
+            return [[_nth(of, i) for of in runs] for i in range(max(map(len, runs)))]
+
+        across = side_by_side(turned)
+        turns = [np.repeat([run.turn for run in runs], counts) for runs in across]
+        return Found(
+            unit,
+            self._counts([0, *np.cumsum(counts)]),
+            self._stretch(rows, opened, unit, slots),
+            [self._stretch(rows, runs, unit, slots) for runs in side_by_side(others)],
+            [self._stretch(rows, runs, unit, slots) for runs in across],
+            torch.from_numpy(np.array(turns, dtype=np.int64)).to(self._device),
         )
 
     def _stretch(self, rows: Sequence[int], runs: Sequence[Run], unit: int, slots: Tensor) -> Stretch:
@@ -91,11 +88,8 @@ class Stretches:
             tables[:, b, :, : found.shape[-1]] = found.to(torch.int32)
         return tables
 
-    def _counts(self, numbers: Sequence[int] | np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+    def _counts(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=self._device)
-
-    def _longs(self, numbers: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)).to(self._device)
 
 
 def _split(layout: Layout) -> tuple[list[Run], int]:

@@ -158,12 +158,10 @@ class StridedPlacement(ReadsInStrides):
         place = np.concatenate([np.arange(end, end + n) for end, n in zip(ends, counts, strict=True)])
         slots = self._slots[self._on_device(repeated), ..., self._on_device(place)].transpose(0, 1)
         self._start_columns(slots, sequences, counts)
-        unit, start, opened, others, turned = self._stretches.of(
-            [int(row) for row in index], held, ends, counts, self._slots
-        )
+        found = self._stretches.of([int(row) for row in index], held, ends, counts, self._slots)
         return StridedPart(
-            rows, self._kernels, self._arena, unit, start, slots, opened, others, turned,
-            self._fading(sequences, counts), self._rotations,
+            rows, self._kernels, self._arena, found.unit, found.query_start, slots, found.open, found.others,
+            found.turned, found.turns, self._fading(sequences, counts), self._rotations,
         )  # fmt: skip
 
     def _on_device(self, array: Ints) -> Tensor:
