@@ -74,7 +74,9 @@ class Played:
 
     engine: Engine
     outputs: list[list[RequestOutput]] = field(default_factory=list)
-    logits: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # round, number, step; of each first sample
+    logits: dict[tuple[int, int, int], Tensor] = field(
+        default_factory=dict
+    )  # round, number, step; of each first sample
     twins: dict[tuple[int, int, int], list[Tensor]] = field(default_factory=dict)  # likewise, of the other samples
     kept: dict[tuple[int, int, int], Kept] = field(default_factory=dict)  # round, number, times settled
 
@@ -156,9 +158,7 @@ def _add(played: Played, round_: int, number: int, num_samples: int) -> None:
             played.twins.setdefault((round_, number, step), []).append(logits.clone())
 
     params = greedy(NUM_OUTPUTS, forced_tokens=FORCED[number])
-    played.engine.add_request(
-        PROMPTS[number], [params] * num_samples, request_id=f"{round_}.{number}", observe=note
-    )
+    played.engine.add_request(PROMPTS[number], [params] * num_samples, request_id=f"{round_}.{number}", observe=note)
 
 
 def _preempt(engine: Engine, name: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvwise.core.errors import CapacityError
 from kvwise.core.method import Axis, Method, Trait
 from kvwise.engine.engine import Engine
 from kvwise.engine.prompt_cache import load_prompt_cache, save_prompt_cache
@@ -81,9 +82,26 @@ def require_twins(played: Played) -> None:
 def test_a_pool_that_is_too_small_preempts(serve: Serve, names: str) -> None:
     """Every request is finished all the same, and nothing is left behind."""
     methods = methods_of(names)
-    played = play(serve, line_of(*methods), num_samples=3, blocks=8, max_num_seqs=8)
-    assert played.engine.stats().num_preemptions > len(played.outputs)  # more than those that are forced
+    played = play(serve, line_of(*methods), num_samples=3, blocks=10, max_num_seqs=8)
+    forced = len(played.outputs)
+    assert played.engine.stats().num_preemptions > forced or "cascading" in names  # which holds all it will ever need
     require_work(played, [method for method in methods if method.axis is Axis.RETENTION])
+
+
+@pytest.mark.parametrize("line", ["int8(group=16)", "kivi(group=16, residual=16)", "window(budget=0.9)+int8(group=16)"])
+def test_a_prompt_that_cannot_be_packed_is_refused_at_once(serve: Serve, line: str) -> None:
+    """Packing needs room for a moment: who does not get it is told before anything is computed, not after."""
+    refused = 0
+    for blocks in range(6, 13):
+        engine = serve("llama-tiny", line, blocks=blocks)
+        try:
+            engine.add_request(prompts(80)[0], greedy(14), request_id="a")
+        except CapacityError as error:
+            assert "raise kv_cache_memory_bytes" in str(error)
+            refused += 1
+        else:
+            assert finish(engine)["a"].error is None
+    assert 0 < refused < 7
 
 
 # -- copy on evict --------------------------------------------------------------------------------------------------

@@ -127,9 +127,11 @@ def test_many_programs_or_few_keys_are_not_split() -> None:
     assert launches._num_parts(2, dataclasses.replace(segment, sealed=many)) > 100 * 64 // launches.PART_KEYS - 1
 
 
-def test_rows_not_yet_written_are_never_read(kernels: Kernels) -> None:
-    """KIVI's values fill a page row by row: bytes of rows still to come (here nan) change nothing."""
-    problem = make_packed(PackedCase(KIVI, (1,), (1,), num_heads=1, open_tokens=200, seed=5))
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_rows_not_yet_written_are_never_read(axis: str, kernels: Kernels) -> None:
+    """Values sealed up to the middle of a page: what lies behind them (nan where rows stand alone) changes nothing."""
+    form = PageFormat(KIVI.keys, Codes(2, axis, 32), 64, 64)  # type: ignore[arg-type]
+    problem = make_packed(PackedCase(form, (1,), (1,), num_heads=1, open_tokens=200, seed=5))
     sealed = problem.segment.sealed
     assert sealed is not None
 
@@ -138,15 +140,28 @@ def test_rows_not_yet_written_are_never_read(kernels: Kernels) -> None:
 
     fresh = dataclasses.replace(sealed, key_lengths=one(64), value_lengths=one(37), open_base=one(37))
     problem = dataclasses.replace(problem, segment=dataclasses.replace(problem.segment, lengths=one(90), sealed=fresh))
+    wanted = run(REFERENCE, problem)
     page = sealed.tables[0, 0, :1].long()
     rows = sealed.arena.gather(page)
-    steps = rows[0, KIVI.key_bytes + 64 * 64 * 2 // 8 :].view(torch.float16).view(2, 2, 64)
-    wanted = run(REFERENCE, problem)
-    steps[:, :, 37:] = torch.nan
+    if axis == "token":
+        rows[0, form.key_bytes + 64 * 64 * 2 // 8 :].view(torch.float16).view(2, 2, 64)[:, :, 37:] = torch.nan
     sealed.arena.scatter(rows, page)
     found = moved(run(kernels, moved(problem, DEVICE)), CPU)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-5, atol=2e-5)
+
+
+def test_rows_that_no_sequence_owns(kernels: Kernels) -> None:
+    """Out 0, lse -inf, whatever memory held: here torch fills it with nan."""
+    problem = make_packed(PackedCase(THINK, (1,), (1,), num_heads=1))
+    problem.queries = torch.cat([problem.queries, problem.queries + 1])
+    torch.use_deterministic_algorithms(True)
+    try:
+        out, lse = check(kernels, problem)[:2]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (out[1] == 0).all()
+    assert (lse[1] == -torch.inf).all()
 
 
 PARTS: list[Part] = [

@@ -124,7 +124,7 @@ def attend(
     # Which tokens any of these rows may see, then which tiles hold them, then which of the tiles are this part's.
     end = tl.maximum(tl.max(limit), 0)
     begin = end * 0
-    if WINDOW and not POSITIONS and not PACKED_POSITIONS:
+    if WINDOW and not (POSITIONS or PACKED_POSITIONS):
         begin = tl.minimum(tl.maximum(tl.min(at) - window + 1, 0), end)
     key_length = end * 0
     open_base = end * 0
@@ -206,7 +206,7 @@ def merge(
     for _ in range(num_parts):
         share = tl.load(lses + cell, mask=valid, other=float("-inf"))
         seen = share > float("-inf")
-        # Rows of parts that saw nothing were never written.
+        # Rows that no sequence owns were never written.
         partial = tl.load(parts + cell[:, None] * DV + dv[None, :], mask=inside & seen[:, None], other=0.0)
         highest = tl.maximum(maximum, share)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
@@ -248,7 +248,7 @@ def add_mass(
     open_base = length * 0
     if SEALED:
         bound = bounds + (sequence * tl.num_programs(1) + head)
-        key_length = tl.minimum(tl.load(bound), length)
+        key_length = tl.load(bound)
         open_base = tl.load(bound + 2 * bound_stride)
     num_tiles = tiles_up_to(key_length, S, NP) if PACKED else (length - key_length + N - 1) // N
     if (num_queries == 0) or (tl.program_id(0) >= num_tiles):

@@ -113,7 +113,7 @@ def _codes(
         WIDTH: tl.constexpr = D if GROUP >= DIM else (GROUP if D % GROUP == 0 else 1)
         lane = tl.arange(0, D // WIDTH) * WIDTH
         at = lane[None, :] // GROUP * (2 * INNER) + row[:, None]
-        inside = used[:, None] & (lane[None, :] < DIM)
+        inside = used[:, None] & (lane[None, :] < DIM)  # the steps of rows not yet written may be nan
         step = tl.load(steps + at, mask=inside, other=0.0).to(tl.float32)
         zero = tl.load(steps + at + INNER, mask=inside, other=0.0).to(tl.float32)
         step = tl.reshape(tl.broadcast_to(step[:, :, None], [N, D // WIDTH, WIDTH]), [N, D])
@@ -130,7 +130,7 @@ def _codes(
         zero = tl.reshape(tl.broadcast_to(zero[:, None, :], [N // HEIGHT, HEIGHT, D]), [N, D])
     if SPLIT and not UPPER:
         step = step * 0.0625
-    # Rows not yet written may hold anything, also steps that are nan.
+    # Of groups along tokens some rows may be read, others not (theirs are open).
     return tl.where(used[:, None], codes.to(tl.float32) * step + zero, 0.0)
 
 

@@ -13,6 +13,8 @@ from kvwise.core.params import SamplingParams
 from kvwise.study.exam import Answer, Sample, Sitting, force
 from kvwise.study.face import EngineFace
 
+FULL_BATCH = 0.9  # of the most samples that ran at once: steps with fewer do not count for KV bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Marked:
@@ -209,7 +211,7 @@ class _Meter:
 
     _block_bytes: int
     _running: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)  # tokens of prompt and output
-    _samples: dict[str, list[float]] = field(default_factory=dict)  # per tier
+    _samples: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # per tier: (samples running, bytes)
 
     def note(self, outputs: Sequence[RequestOutput], stats: EngineStats) -> None:
         """Look at the engine after a step; what counts are steps in which all that runs has been prefilled."""
@@ -228,8 +230,17 @@ class _Meter:
         cached = stats.blocks_cached * self._block_bytes
         for tier, used in stats.kv_bytes.items():
             own = used - cached if tier == "device" else used
-            self._samples.setdefault(tier, []).append(own / tokens)
+            self._samples.setdefault(tier, []).append((len(self._running), own / tokens))
 
     def per_token(self) -> dict[str, float]:
-        """Medians over the steps; empty if no step had nothing but decoding."""
-        return {tier: median(values) for tier, values in self._samples.items()}
+        """Medians over the steps with (almost) the most samples; empty if no step had nothing but decoding.
+
+        Windows and states of some methods are made for a whole batch, so that the last few requests of an exam, which
+        have them to themselves, seem to hold more than they need.
+        """
+        return {tier: _of_full_batches(values) for tier, values in self._samples.items()}
+
+
+def _of_full_batches(samples: Sequence[tuple[int, float]]) -> float:
+    most = max(running for running, _ in samples)
+    return median(value for running, value in samples if running >= FULL_BATCH * most)

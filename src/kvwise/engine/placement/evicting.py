@@ -19,6 +19,7 @@ from kvwise.methods.retention.base import DecodeView, Kept, Residual, Retention
 from kvwise.tiers.arena import Arena
 
 Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
 
 
 class Evictor:
@@ -87,23 +88,23 @@ class Evictor:
     def _mark(self, rows: Ints, sequences: Sequence[Seq]) -> None:
         """Tokens that the new row attends to (at least 1 / number of keys, on average of the group) are marked."""
         state = self._state
-        bound = self._group / state.on_device(state.used[rows]).float()
-        position = torch.tensor([s.num_computed - 1.0 for s in sequences], device=state.device)
-        position = position[:, None, None].expand_as(bound)
-        tables, held = state.tables[state.on_device(rows)], state.num_open[rows]
-        self._mark_pages(self._arena.columns, tables, held, self._size, bound, position)
+        bound = (self._group / state.used[rows]).astype(np.float32)
+        position = np.array([s.num_computed - 1 for s in sequences], np.float32)[:, None, None]
+        position = np.broadcast_to(position, bound.shape)
+        index = state.on_device(rows)
+        self._mark_pages(self._arena.columns, state.tables[index], state.num_open[rows], self._size, bound, position)
         if self._sealer is not None:
-            packed, size = state.packed[state.on_device(rows)], self._sealer.page_tokens
+            packed, size = state.packed[index], self._sealer.page_tokens
             self._mark_pages(self._sealer.columns, packed, state.key_length[rows], size, bound, position)
 
     def _mark_pages(
-        self, columns: Mapping[str, Tensor], tables: Tensor, held: Counts, size: int, bound: Tensor, position: Tensor
+        self, columns: Mapping[str, Tensor], tables: Tensor, held: Counts, size: int, bound: Floats, position: Floats
     ) -> None:
         """Mark in the pages that hold `held` [B, L, H] tokens, each page full but the last."""
-        num_pages = self._state.on_device(-(-held // size))[..., None]
-        mine = torch.arange(tables.shape[-1], device=tables.device) < num_pages
-        of_page = [part[..., None].expand_as(mine)[mine] for part in (bound, position)]
-        self._kernels.mark(columns["mass"], columns["marked"], tables[mine].long(), of_page[0], of_page[1])
+        counts = -(-held // size)
+        mine = torch.arange(tables.shape[-1], device=tables.device) < self._state.on_device(counts)[..., None]
+        each = [self._state.on_device(np.repeat(part.ravel(), counts.ravel())) for part in (bound, position)]
+        self._kernels.mark(columns["mass"], columns["marked"], tables[mine].long(), each[0], each[1])
 
     # -- one for one --------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ class PageState:
         """Open slots in use [R, L, H]."""
         return np.asarray(self.used - self.open_base)
 
-    def on_device(self, array: Counts | Ints | npt.NDArray[np.bool_]) -> Tensor:
+    def on_device(self, array: Counts | Ints | npt.NDArray[np.bool_] | npt.NDArray[np.float32]) -> Tensor:
         """The array as a tensor on the pool's device."""
         return torch.from_numpy(array).to(self.device)
 

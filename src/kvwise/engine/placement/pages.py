@@ -75,23 +75,39 @@ class PagePlacement:
         layout = self._arena.layout
         most = self._most(num_prompt, num_tokens)
         if self._num_blocks(most) <= self._arena.num_blocks:
-            return None
+            return self._room_to_pack(num_prompt, min(most, num_prompt + 1))
         return (
             f"{self._retention} keeps up to {most} tokens of a prompt of {num_prompt} tokens and its output, and the "
             f"pool holds {self._arena.num_blocks * layout.block_size}: raise kv_cache_memory_bytes or keep fewer"
         )
 
+    def _room_to_pack(self, num_prompt: int, num_kept: int) -> str | None:
+        """Layers are packed one by one, and what the last one leaves frees the blocks that all of them lay in."""
+        layout = self._arena.layout
+        num_blocks = layout.num_blocks_for(num_kept) + self._num_broken(num_kept)[0]
+        if self._sealer is None or num_blocks <= self._arena.num_blocks:
+            return None
+        return (
+            f"{self._encoding} needs {num_blocks * layout.block_size} tokens of KV while it packs a prompt of "
+            f"{num_prompt} tokens, and the pool holds {self._arena.num_blocks * layout.block_size}: "
+            "raise kv_cache_memory_bytes"
+        )
+
     def _num_blocks(self, num_tokens: int) -> int:
         """Whole blocks whose memory `num_tokens` tokens a head take, packed as far as they are due."""
+        return sum(self._num_broken(num_tokens))
+
+    def _num_broken(self, num_tokens: int) -> tuple[int, int]:
+        """Likewise: blocks of packed pages, and of open ones."""
         layout = self._arena.layout
         if self._sealer is None:
-            return layout.num_blocks_for(num_tokens)
+            return 0, layout.num_blocks_for(num_tokens)
         count = torch.full(self._shape, num_tokens)
         keys = self._encoding.keys_due(count, settling=True)
         values = self._encoding.values_due(count, settling=True)
         num_packed = int((-(-keys // self._sealer.page_tokens)).sum())
         num_open = int((-(-(count - values + self._size) // self._size)).sum())
-        return -(-num_packed // (2 * self._sealer.packed.per_half)) - (-num_open // layout.pages_per_block)
+        return -(-num_packed // (2 * self._sealer.packed.per_half)), -(-num_open // layout.pages_per_block)
 
     def _most(self, num_prompt: int, num_tokens: int) -> int:
         """Slots a head of a request of `num_prompt` tokens that may grow to `num_tokens` can need at once."""
