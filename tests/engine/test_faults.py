@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from kvwise.core.output import FinishReason
 from kvwise.core.params import SamplingParams
 from kvwise.engine.engine import Engine
 from kvwise.engine.sequence import Phase
-from kvwise.methods.retention.base import DecodeView, PromptView
+from kvwise.methods.retention.base import DecodeView, Kept, PromptView
 from kvwise.methods.retention.h2o import H2O
 from kvwise.methods.selection.infinigen import InfiniGenIndex
 from kvwise.models.load import load_model
@@ -199,7 +200,7 @@ def test_keep_that_raises(serve: Serve, expected: Any, monkeypatch: pytest.Monke
     tokens = expected("h2o")
     keep = H2O.keep
 
-    def bad(self: H2O, view: PromptView) -> Tensor:
+    def bad(self: H2O, view: PromptView) -> Kept:
         if view.num_tokens == BAD:
             raise RuntimeError("keep is broken")
         return keep(self, view)
@@ -208,40 +209,57 @@ def test_keep_that_raises(serve: Serve, expected: Any, monkeypatch: pytest.Monke
     check_only_the_bad_one_fails(serve("llama-tiny", "h2o"), tokens, "RuntimeError: keep is broken")
 
 
-@pytest.mark.parametrize("wrong", ["too many", "shape"])
+WRONG_MASKS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "too many": (torch.ones_like, "ValueError: h2o kept"),
+    "nothing": (torch.zeros_like, "ValueError: h2o kept nothing"),
+    "shape": (lambda mask: mask[..., :-1], "ValueError: h2o told what stays as"),
+    "dtype": (lambda mask: mask.int(), "ValueError: h2o told what stays as"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_MASKS)
 def test_keep_that_answers_nonsense(serve: Serve, expected: Any, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     tokens = expected("h2o")
     keep = H2O.keep
+    spoil, message = WRONG_MASKS[wrong]
 
-    def bad(self: H2O, view: PromptView) -> Tensor:
+    def bad(self: H2O, view: PromptView) -> Kept:
         kept = keep(self, view)
-        if view.num_tokens != BAD:
-            return kept
-        return torch.ones_like(kept) if wrong == "too many" else kept[..., :-1]
+        return kept if view.num_tokens != BAD else replace(kept, mask=spoil(kept.mask))
 
     monkeypatch.setattr(H2O, "keep", bad)
-    check_only_the_bad_one_fails(serve("llama-tiny", "h2o"), tokens, "ValueError: h2o kept")
+    check_only_the_bad_one_fails(serve("llama-tiny", "h2o"), tokens, message)
 
 
-@pytest.mark.parametrize("wrong", ["raises", "names a slot that is not there", "shape"])
-def test_victims_that_fail(serve: Serve, expected: Any, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    """Victims are named for the whole batch; only the request that cannot be served ends."""
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("raises", "RuntimeError: worth is broken"),
+        ("shape", "ValueError: h2o told the worth of slots as"),
+        ("lets nobody go", "ValueError: h2o lets no token go"),
+        ("no numbers", "ValueError: h2o lets no token go"),
+    ],
+)
+def test_worth_that_fails(
+    serve: Serve, expected: Any, monkeypatch: pytest.MonkeyPatch, wrong: str, message: str
+) -> None:
+    """Worth is asked for the whole batch; only the request that cannot be served ends."""
     tokens = expected("h2o")
-    victims = H2O.victims
+    worth = H2O.worth
 
     def bad(self: H2O, view: DecodeView) -> Tensor:
-        found = victims(self, view)
-        is_bad = (view.num_tokens >= BAD + 3) & (view.num_tokens < 50) & (view.capacity == int(BAD * 0.2))
+        found = worth(self, view)
+        is_bad = (view.num_tokens >= BAD + 3) & (view.num_tokens < 50) & (view.limit[:, 0, 0] == int(BAD * 0.2))
         if not bool(is_bad.any()):
             return found
         if wrong == "raises":
-            raise RuntimeError("victims is broken")
+            raise RuntimeError("worth is broken")
         if wrong == "shape":
             return found[:, :-1]
-        return torch.where(is_bad[:, None, None], 10_000, found)
+        nonsense = torch.inf if wrong == "lets nobody go" else torch.nan
+        return torch.where(is_bad[:, None, None, None], nonsense, found)
 
-    monkeypatch.setattr(H2O, "victims", bad)
-    message = "RuntimeError: victims is broken" if wrong == "raises" else "ValueError: h2o named a victim"
+    monkeypatch.setattr(H2O, "worth", bad)
     check_only_the_bad_one_fails(serve("llama-tiny", "h2o"), tokens, message)
 
 

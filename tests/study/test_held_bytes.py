@@ -1,4 +1,4 @@
-"""What a study says that a strategy holds is what the pool holds, reckoned by hand from the methods' rules."""
+"""What a study says that a strategy holds and did is what the pool holds and the methods' rules say, by hand."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -7,8 +7,11 @@ from statistics import median
 import pytest
 
 from kvwise.study.built_in import methods_plan
+from kvwise.study.cells import expand
 from kvwise.study.exam import Sitting, task_sittings
+from kvwise.study.measure import CellRunner
 from kvwise.study.quality import examine, reference
+from kvwise.study.scores import attested
 from kvwise.study.workbench import Workbench
 
 MODEL = "builtin:recall"
@@ -59,6 +62,27 @@ def sitting(bench: Workbench) -> Sitting:
     assert len(found.context) == 144
     assert 144 + found.samples[0].num_tokens < 192
     return found
+
+
+def test_a_cells_row_says_what_was_done(bench: Workbench) -> None:
+    plan = methods_plan()
+    asked = plan.quality.model_copy(update={"tasks": ("early_fact",), "standard_error": 0.25})
+    plan = plan.model_copy(update={"quality": asked.model_copy(update={"context_lengths": (256,)})})
+    cells = {cell.strategy: cell for cell in expand(plan)}
+    runner = CellRunner(plan, bench)
+    told = {}
+    for text in ("h2o(budget=0.25)", "elastic(budget=0.25)", "int8", "kvsharer(map=1:0)", "topk(budget=0.25)"):
+        result = runner.run(cells[text])
+        told[text.partition("(")[0]] = attested(result.tables["cells"][0])
+        assert result.tables["cells"][0]["num_heads"] == (6 if "kvsharer" in text else 8)
+    h2o, elastic, int8, kvsharer, topk = told.values()
+    assert h2o and elastic and int8 and kvsharer and topk
+    assert h2o.kept == pytest.approx(0.25, abs=0.03)
+    assert (h2o.merged, h2o.freed > 0, h2o.bits_per_element) == (0, True, 16)
+    assert elastic.merged > 0.5
+    assert (int8.kept, int8.dropped) == (1, 0) and 8 < int8.bits_per_element < 11
+    assert kvsharer.kept == 1 and kvsharer.read is None
+    assert topk.read == pytest.approx(0.25, abs=0.05)
 
 
 @pytest.mark.parametrize(

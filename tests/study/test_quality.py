@@ -89,6 +89,20 @@ def test_bytes_per_token_are_those_of_steps_that_only_decode() -> None:
     assert found == pytest.approx({"device": 40, "host": 3}, rel=1e-3)
 
 
+def test_steps_of_a_batch_that_is_not_full_say_nothing_of_bytes() -> None:
+    class Window(FakeEngine):
+        def stats(self):  # type: ignore[no-untyped-def]
+            # A window for all that ever ran at once, however few are left.
+            tokens = sum(len(r.output.prompt_token_ids) + len(r.output.token_ids) - 1 for r in self.running)
+            self.most = max(getattr(self, "most", 0), len(self.running))
+            return replace(super().stats(), kv_bytes={"device": 40 * tokens * self.most // max(len(self.running), 1)})
+
+    bench = FakeBench()
+    engine = Window(bench.clock, "full", 2e-6, bench.facts(MODEL), 1 << 20)
+    found = reference(engine, sit("multi-turn")).examined.bytes_per_token["device"]
+    assert 40 <= found < 45
+
+
 def test_an_engine_that_fails_or_shows_too_little_is_an_error() -> None:
     class Failing(FakeEngine):
         def step(self) -> list[RequestOutput]:

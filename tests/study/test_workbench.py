@@ -112,6 +112,8 @@ def test_strategies_are_judged_by_the_catalogue() -> None:
     assert bench.idle_methods("full+prefix", {}, 0) == ("prefix",)
     assert bench.idle_methods("full+prefix", {}, 16) == ()
     assert bench.idle_methods("full", {}, 0) == ()
+    assert bench.idle_methods("kvsharer(map=1:0)", {}, 0) == ("kvsharer",)
+    assert bench.idle_methods("kvsharer(map=1:0)", {}, 0, heads_shared=2) == ()
 
 
 @pytest.fixture(scope="module")

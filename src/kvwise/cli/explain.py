@@ -187,10 +187,9 @@ def _absent(strategy: str) -> str:
         traits = frozenset[Trait]().union(*(method.traits for method in parse(strategy).methods()))
     except StrategyError:  # of a method that is not known here
         return "not held"
-    gone = "dropped, living on in what stays" if Trait.LIVES_ON in traits else "dropped"
-    if Trait.RECALLS not in traits:
-        return gone
-    return f"on the host, or {gone}" if Trait.OWNS_PAGES in traits and Trait.PRIVATE in traits else "on the host"
+    if Trait.RECALLS in traits:
+        return "on the host"
+    return "dropped, living on in what stays" if Trait.LIVES_ON in traits else "dropped"
 
 
 def _words(output: RequestOutput, strips: Sequence[Strip], num_tokens: int) -> list[tuple[str, str]]:

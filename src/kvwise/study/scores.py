@@ -110,7 +110,7 @@ def attested(cell: Row) -> Attested | None:
     places = cell["tokens_seen"] * cell["num_heads"]
     dropped, merged = cell["tokens_dropped"] / places, cell["tokens_merged"] / places
     return Attested(
-        kept=1.0 - dropped,
+        kept=1.0 - dropped - merged,
         dropped=dropped,
         merged=merged,
         read=cell["tokens_fetched"] / cell["fetch_candidates"] if cell["fetch_candidates"] else None,

@@ -115,7 +115,7 @@ class Evictor:
         if not over.any():
             return
         lowest, victims = self._worth(self._view(sequences))[..., self._num_packed_slots(rows) :].min(-1)
-        stays = over & lowest.isposinf().cpu().numpy()
+        stays = over & ~(lowest < torch.inf).cpu().numpy()  # also where a worth is no number
         if stays.any() and self._sealer is None:
             raise ValueError(f"{self._retention.name} lets no token go in a head that is over its limit")
         state.most[rows] = np.where(stays, UNLIMITED, state.most[rows])
