@@ -1,4 +1,4 @@
-"""What dropping and packing give back: bytes measured at the pool, and requests that a fixed pool then holds at once."""
+"""What dropping and packing give back: bytes at the pool, and requests that a fixed pool then holds at once."""
 
 from collections.abc import Callable
 from typing import Any

@@ -8,7 +8,7 @@ import pytest
 from kvwise.core.errors import RequestError
 from kvwise.core.output import RequestOutput
 from kvwise.study.exam import Sitting, agreement_sittings, task_sittings
-from kvwise.study.quality import divergence, examine, log_softmax, reference
+from kvwise.study.quality import divergence, examine, log_softmax, of_full_batches, reference
 from tests.study.fake import LANGUAGE, VOCAB, FakeBench, FakeEngine
 
 MODEL = "builtin:recall"
@@ -90,17 +90,9 @@ def test_bytes_per_token_are_those_of_steps_that_only_decode() -> None:
 
 
 def test_steps_of_a_batch_that_is_not_full_say_nothing_of_bytes() -> None:
-    class Window(FakeEngine):
-        def stats(self):  # type: ignore[no-untyped-def]
-            # A window for all that ever ran at once, however few are left.
-            tokens = sum(len(r.output.prompt_token_ids) + len(r.output.token_ids) - 1 for r in self.running)
-            self.most = max(getattr(self, "most", 0), len(self.running))
-            return replace(super().stats(), kv_bytes={"device": 40 * tokens * self.most // max(len(self.running), 1)})
-
-    bench = FakeBench()
-    engine = Window(bench.clock, "full", 2e-6, bench.facts(MODEL), 1 << 20)
-    found = reference(engine, sit("multi-turn")).examined.bytes_per_token["device"]
-    assert 40 <= found < 45
+    # A window for all that ever ran at once, however few are left.
+    assert of_full_batches([(64, 10.0), (63, 12.0), (60, 11.0), *[(2, 300.0)] * 10]) == 11.0
+    assert of_full_batches([(1, 5.0)]) == 5.0
 
 
 def test_an_engine_that_fails_or_shows_too_little_is_an_error() -> None:

@@ -238,9 +238,10 @@ class _Meter:
         Windows and states of some methods are made for a whole batch, so that the last few requests of an exam, which
         have them to themselves, seem to hold more than they need.
         """
-        return {tier: _of_full_batches(values) for tier, values in self._samples.items()}
+        return {tier: of_full_batches(values) for tier, values in self._samples.items()}
 
 
-def _of_full_batches(samples: Sequence[tuple[int, float]]) -> float:
+def of_full_batches(samples: Sequence[tuple[int, float]]) -> float:
+    """The median of the figures of those (samples running, figure) with nine tenths of the most that ran, or more."""
     most = max(running for running, _ in samples)
     return median(value for running, value in samples if running >= FULL_BATCH * most)
