@@ -24,7 +24,7 @@ def test_the_strategy_goes_to_standard_output_and_serves(tmp_path: Path, capsys:
 def test_too_few_layers_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*MODEL, "--threshold", "0.9999"]) == 0
     printed = capsys.readouterr()
-    assert printed.out == "kvsharer\n"
+    assert printed.out == "kvsharer(map=all)\n"
     assert "fewer than 1 layers share: no other pair exceeds the threshold 0.9999" in printed.err
 
 

@@ -51,7 +51,7 @@ def shape_of(num_layers: int) -> EncodingShape:
 @pytest.mark.parametrize(
     ("text", "reads"),
     [
-        ("", [0, 1, 2, 3, 4, 5]),
+        ("all", [0, 1, 2, 3, 4, 5]),
         ("3:1-5:2", [0, 1, 2, 1, 4, 2]),
         ("5:2-3:1", [0, 1, 2, 1, 4, 2]),
         ("5:3-3:1", [0, 1, 2, 1, 4, 1]),  # a chain
@@ -67,7 +67,7 @@ def test_a_map_prints_and_parses_back() -> None:
     strategy = parse("h2o(budget=0.5)+kvsharer(map=3:1-5:2)")
     assert str(strategy.encoding) == "kvsharer(map=3:1-5:2)"
     assert parse(str(strategy)) == strategy
-    assert str(sharing([0, 1, 2])) == "kvsharer"
+    assert str(sharing([0, 1, 2])) == "kvsharer(map=all)"
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,16 @@ def test_a_map_of_a_deeper_model_is_refused_with_the_way_out(serve: Serve) -> No
         serve("llama-tiny", "kvsharer(map=3:1-5:2)")
 
 
+def test_no_map_is_refused_with_the_way_out(serve: Serve) -> None:
+    with pytest.raises(StrategyError, match="kvsharer needs a map of layers: find one with kvwise calibrate kvsharer"):
+        serve("llama-tiny", "kvsharer")
+
+
 # -- running ----------------------------------------------------------------------------------------------------
 
 
 @BOTH
-@pytest.mark.parametrize("line", ["kvsharer", "kvsharer+prefix"])
+@pytest.mark.parametrize("line", ["kvsharer(map=all)", "kvsharer(map=all)+prefix"])
 def test_the_identity_is_full_to_the_token(serve: Serve, line: str, settings: dict[str, Any]) -> None:
     many = prompts(*LENGTHS)
     found = [o.token_ids for o in run(serve("llama-tiny", line, **settings), many, greedy(12))]
@@ -147,9 +152,9 @@ def test_prefixes_are_shared_under_one_map_only(serve: Serve, load: Load) -> Non
     assert second.metrics.num_cached_tokens == 96
     roots = {
         line: serve("llama-tiny", f"{line}+prefix").memory.cache.keys(torch.tensor(prompt).numpy()).chain[0]
-        for line in ("full", "kvsharer", f"kvsharer(map={MAP})", "kvsharer(map=1:0-2:0)")
+        for line in ("full", "kvsharer(map=all)", f"kvsharer(map={MAP})", "kvsharer(map=1:0-2:0)")
     }
-    assert roots["full"] == roots["kvsharer"]
+    assert roots["full"] == roots["kvsharer(map=all)"]
     assert len(set(roots.values())) == 3
 
 

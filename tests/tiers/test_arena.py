@@ -57,17 +57,24 @@ def test_large_memory_is_lazy_and_goes_back_to_the_system() -> None:
     assert process.memory_info().rss - before < size // 4
 
 
-def test_staging_lays_rows_out_per_sequence_and_head_and_only_grows() -> None:
+def test_staging_lends_pages_by_number_and_forgets_its_memory_when_cleared() -> None:
     staging = Staging(LAYOUT, torch.float32, CPU)
     assert staging.num_bytes == 0
-    staging.resize(3, 2)
-    assert staging.tables.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [10, 11]]]
-    assert staging.first_slots().tolist() == [[0, 32], [64, 96], [128, 160]]
+    first = staging.take(3)
+    second = staging.take(5)
+    assert len({*first.tolist(), *second.tolist()}) == 8
     held = staging.num_bytes
-    assert held == 12 * LAYOUT.page_bytes
-    staging.resize(1, 4)
-    assert staging.tables.shape == (1, 2, 4)
-    assert staging.num_bytes == held
+    assert held >= 8 * LAYOUT.page_bytes
+    staging.give(first)
+    again = staging.take(3)
+    assert set(again.tolist()).isdisjoint(second.tolist())
+    assert staging.num_bytes == held  # what was given back is lent again
+    staging.give(again)
+    staging.clear()
+    assert staging.num_bytes == held  # five are lent still
+    staging.give(second)
+    staging.clear()
+    assert staging.num_bytes == 0
 
 
 def test_large_memory_gets_huge_pages_where_the_system_offers_them() -> None:

@@ -11,6 +11,7 @@ from kvwise.core.errors import StrategyError
 from kvwise.core.method import Trait
 from kvwise.methods.encoding.base import Encoding, EncodingShape
 
+ALL = "all"  # every layer stores its own
 _MAP = re.compile(r"\d+:\d+(-\d+:\d+)*")
 
 
@@ -24,7 +25,8 @@ class KVSharer(Encoding):
     as in the released code, whose saving (and this one's) is memory, not computation. The map is a part of the
     identity of stored KV, which it changes from the first shared layer on.
 
-    A retention method ranks tokens by the attention of the layers that store.
+    A retention method ranks tokens by the attention of the layers that store. `map=all` lets every layer store its own:
+    the model as it is, for comparison. Without a map there is nothing to do, which is refused.
     """
 
     map: str = ""
@@ -35,13 +37,18 @@ class KVSharer(Encoding):
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.SHARES_LAYERS})
 
     def __post_init__(self) -> None:
-        self.require("map", not self.map or _MAP.fullmatch(self.map) is not None, "as in 3:1-5:2, reader:source")
+        known = self.map in ("", ALL) or _MAP.fullmatch(self.map) is not None
+        self.require("map", known, "as in 3:1-5:2, reader:source")
         pairs = self._pairs()
         self.require("map", len({reader for reader, _ in pairs}) == len(pairs), "such that a layer reads one other")
         self.require("map", all(source < reader for reader, source in pairs), "such that a layer reads an earlier one")
 
     def layer_map(self, shape: EncodingShape) -> tuple[int, ...]:
-        """The map with its chains followed; StrategyError if it names layers that the model lacks."""
+        """The map with its chains followed; StrategyError if there is none, or it names layers that the model lacks."""
+        if not self.map:
+            raise StrategyError(
+                f"{self.name} needs a map of layers: find one with kvwise calibrate kvsharer --model {shape.model}"
+            )
         reads = list(range(shape.num_layers))
         for reader, source in sorted(self._pairs()):
             if reader >= shape.num_layers:
@@ -54,10 +61,10 @@ class KVSharer(Encoding):
 
     def _pairs(self) -> list[tuple[int, int]]:
         """(reader, source) pairs."""
-        found = [pair.split(":") for pair in self.map.split("-") if pair]
+        found = [pair.split(":") for pair in self.map.split("-")] if self.map not in ("", ALL) else []
         return [(int(reader), int(source)) for reader, source in found]
 
 
 def sharing(reads: Sequence[int]) -> KVSharer:
     """The method whose `layer_map` is `reads`."""
-    return KVSharer("-".join(f"{layer}:{source}" for layer, source in enumerate(reads) if layer != source))
+    return KVSharer("-".join(f"{layer}:{source}" for layer, source in enumerate(reads) if layer != source) or ALL)
