@@ -12,7 +12,9 @@ from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.evicting import Evictor
 from kvwise.engine.placement.heirs import Heir
 from kvwise.engine.placement.observed import ObservedQueries
+from kvwise.engine.placement.page_attest import PageAttester
 from kvwise.engine.placement.page_part import PagePart
+from kvwise.engine.placement.page_room import PageRoom
 from kvwise.engine.placement.page_state import UNLIMITED, Counts, PageState
 from kvwise.engine.placement.sealing import Sealer
 from kvwise.engine.placement.settling import Settler, counts_of
@@ -48,7 +50,6 @@ class PagePlacement:
         self._arena = arena
         self._kernels = kernels
         self._residual = residual
-        self._demoter = demoter
         self.wants_mass = retention.needs_mass and retention.drops
         self._tracks_mass = retention.drops and (retention.marks_rows or (self.wants_mass and retention.tracks_mass))
         self._device = arena.keys.device
@@ -60,6 +61,10 @@ class PagePlacement:
         self._settler = Settler(retention, arena, kernels, layers, self._observed)
         group = layers[0].num_query_heads // layers[0].num_kv_heads
         self._evictor = Evictor(retention, cache, arena, kernels, self._state, self._sealer, residual, demoter, group)
+        self._room = PageRoom(retention, encoding, arena)
+        self._attester = PageAttester(
+            retention, encoding, cache, arena, self._state, self._sealer, demotes=demoter is not None
+        )
         self._quiet = np.zeros(max_rows, np.int64)  # tokens a row can still add before anything must be made room for
 
     # -- what it may hold ---------------------------------------------------------------------------------------
@@ -71,52 +76,8 @@ class PagePlacement:
         return min(num_prompt, max(kept, self._encoding.observed_rows))
 
     def room_for(self, num_prompt: int, num_tokens: int) -> str | None:
-        """The pool must hold all a head may ever keep, and the token being added (a window can outgrow the prompt)."""
-        layout = self._arena.layout
-        most = self._most(num_prompt, num_tokens)
-        if self._num_blocks(most) <= self._arena.num_blocks:
-            return self._room_to_pack(num_prompt, min(most, num_prompt + 1))
-        return (
-            f"{self._retention} keeps up to {most} tokens of a prompt of {num_prompt} tokens and its output, and the "
-            f"pool holds {self._arena.num_blocks * layout.block_size}: raise kv_cache_memory_bytes or keep fewer"
-        )
-
-    def _room_to_pack(self, num_prompt: int, num_kept: int) -> str | None:
-        """Layers are packed one by one, and what the last one leaves frees the blocks that all of them lay in."""
-        layout = self._arena.layout
-        num_blocks = layout.num_blocks_for(num_kept) + self._num_broken(num_kept)[0]
-        if self._sealer is None or num_blocks <= self._arena.num_blocks:
-            return None
-        return (
-            f"{self._encoding} needs {num_blocks * layout.block_size} tokens of KV while it packs a prompt of "
-            f"{num_prompt} tokens, and the pool holds {self._arena.num_blocks * layout.block_size}: "
-            "raise kv_cache_memory_bytes"
-        )
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        """Whole blocks whose memory `num_tokens` tokens a head take, packed as far as they are due."""
-        return sum(self._num_broken(num_tokens))
-
-    def _num_broken(self, num_tokens: int) -> tuple[int, int]:
-        """Likewise: blocks of packed pages, and of open ones."""
-        layout = self._arena.layout
-        if self._sealer is None:
-            return 0, layout.num_blocks_for(num_tokens)
-        count = torch.full(self._shape, num_tokens)
-        keys = self._encoding.keys_due(count, settling=True)
-        values = self._encoding.values_due(count, settling=True)
-        num_packed = int((-(-keys // self._sealer.page_tokens)).sum())
-        num_open = int((-(-(count - values + self._size) // self._size)).sum())
-        return -(-num_packed // (2 * self._sealer.packed.per_half)), -(-num_open // layout.pages_per_block)
-
-    def _most(self, num_prompt: int, num_tokens: int) -> int:
-        """Slots a head of a request of `num_prompt` tokens that may grow to `num_tokens` can need at once."""
-        capacity = self._retention.capacity(num_prompt)
-        if capacity is None:
-            return num_tokens
-        if self._retention.grows:
-            return min(capacity, num_prompt) + num_tokens - num_prompt
-        return min(capacity, num_tokens) + 1
+        """The pool must hold all a head may ever keep, and what is packed while it is packed."""
+        return self._room.room_for(num_prompt, num_tokens)
 
     def admit(self, sequence: Seq) -> bool:
         """Nothing is needed outside the pool."""
@@ -148,7 +109,7 @@ class PagePlacement:
             return False
         self._quiet[row] = 0
         self._observed.forget(sequence)
-        self._attest_settled(sequence, row)
+        self._attester.settled(sequence, row)
         return True
 
     def _rearrange(self, sequence: Seq, row: int) -> bool:
@@ -172,7 +133,7 @@ class PagePlacement:
         self._state.note_tables(row, pages)
         if kept.marks is not None:
             self._state.marks[row] = kept.marks.float()
-        self._attest_kept(sequence, kept, counts)
+        self._attester.kept(sequence, kept, counts)
         return True
 
     def _limit(self, kept: Kept) -> Counts:
@@ -307,9 +268,12 @@ class PagePlacement:
         rows = np.array([s.row for s in sequences], dtype=np.int64)
         self._state.note_ends(rows)
         failures = self._evictor.after_step(sequences) if self._retention.drops else []
-        fixed = self._sealer is None or self._sealer.packs_output.all()
-        if self._retention.sweep_interval is not None or not fixed:
-            self._quiet[rows] = 0  # a sweep has given pages back, or heads begin to take victims' places, or end it
+        interval = self._retention.sweep_interval
+        if interval is not None:
+            swept = [s.num_computed % interval == 0 for s in sequences]
+            self._quiet[rows[swept]] = 0  # a sweep has given pages back
+        if self._sealer is not None and not self._sealer.packs_output.all():
+            self._quiet[rows] = 0  # heads begin to take victims' places, or end it
         if self._sealer is not None:
             self._pack_due(rows)
         return failures
@@ -325,47 +289,6 @@ class PagePlacement:
             self._sealer.seal(heads, keys[some].astype(np.int64), values[some].astype(np.int64))
 
     # -- attestation --------------------------------------------------------------------------------------------
-
-    def _attest_kept(self, sequence: Seq, kept: Kept, counts: Counts) -> None:
-        told, name = sequence.attestation, self._retention.name
-        gone = sequence.num_computed * counts.size - int(counts.sum())
-        merged = 0
-        if kept.merge is not None:
-            lives_on = (kept.merge.key_weights != 0) | (kept.merge.value_weights != 0)
-            merged = int((lives_on & ~kept.mask).sum())
-        told.tokens_merged += merged
-        if self._demoter is None:
-            told.tokens_dropped += gone - merged
-        else:
-            told.tokens_demoted += gone
-        if self._retention.drops:
-            told.did[name] = told.did.get(name, 0) + gone
-
-    def _attest_settled(self, sequence: Seq, row: int) -> None:
-        layout, told = self._arena.layout, sequence.attestation
-        before = layout.num_blocks_for(sequence.num_computed) * layout.block_bytes
-        told.bytes_freed += max(0, before - self._bytes_of(row))
-        told.bits_per_element = self.bits_per_element(sequence)
-        if self._sealer is not None:
-            name = self._encoding.name
-            told.did[name] = told.did.get(name, 0) + int(self._state.key_length[row].sum())
-
-    def _bytes_of(self, row: int) -> int:
-        num_bytes = int(self._cache.page_table(row)[1].sum()) * self._arena.layout.page_bytes
-        if self._sealer is not None:
-            num_bytes += int(self._cache.packed_table(row)[1].sum()) * self._sealer.packed.format.page_bytes
-        return num_bytes
-
-    def bits_per_element(self, sequence: Seq) -> float:
-        """Bits that a number of K or V takes now, on average of the tokens held; half-filled pages are not counted."""
-        layout, row = self._arena.layout, sequence.row
-        assert row is not None
-        native = 8.0 * layout.element_bytes
-        if self._sealer is None:
-            return native
-        packed = float(self._state.key_length[row].sum() + self._state.value_length[row].sum()) / 2
-        share = packed / float(self._state.used[row].sum())
-        return share * self._sealer.packed.format.bits_per_element + (1 - share) * native
 
     def num_leaving(self, sequence: Seq) -> Counts:
         """How many tokens of each layer [L] leave behind the next one, of a method that gives up one for one."""
