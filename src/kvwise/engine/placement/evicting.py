@@ -261,7 +261,7 @@ class Evictor:
         self._drop(sequences, gone & (gone.cumsum(-1) <= self._num_loose(rows)[..., None]))
 
     def _compact(self, sequence: Seq, stays: Tensor, used: Tensor) -> None:
-        """Move what stays [L, H, S] to the front of its head's pages and free the others."""
+        """Let go who does not stay [L, H, S]; the last that stay fill the holes, and pages left over are freed."""
         row, state = sequence.row, self._state
         assert row is not None
         gone = used & ~stays
@@ -269,20 +269,23 @@ class Evictor:
             return
         if self._heirs:
             self._leave_slots(*self._places(row, gone))
-        layer, head, index = stays.nonzero(as_tuple=True)
-        rank = (stays.cumsum(-1) - 1)[layer, head, index]
-        tables = state.tables[row].long()
-        source = tables[layer, head, index // self._size] * self._size + index % self._size
-        target = tables[layer, head, rank // self._size] * self._size + rank % self._size
-        moved = source != target
+        num_kept = stays.sum(-1)
+        in_front = torch.arange(stays.shape[-1], device=stays.device) < num_kept[..., None]
+        # A head has as many holes among its first slots as it has tokens behind them.
+        source, target = self._slots_at(row, stays & ~in_front), self._slots_at(row, in_front & ~stays)
         for column in (self._arena.keys, self._arena.values, *self._arena.columns.values()):
-            self._kernels.move_slots(column, source[moved], target[moved])
-        counts = stays.sum(-1).cpu().numpy().astype(np.int32)
+            self._kernels.move_slots(column, source, target)
+        counts = num_kept.cpu().numpy().astype(np.int32)
         self._attest(sequence, int((state.used[row] - counts).sum()))
         state.used[row] = counts
         state.note_ends(np.array([row]))
         num_pages = np.minimum(-(-(counts + 1) // self._size), self._cache.page_table(row)[1])
         state.note_tables(row, self._cache.trim_pages(row, num_pages.astype(np.int64)))
+
+    def _slots_at(self, row: int, which: Tensor) -> Tensor:
+        """Slots (int64, page space) of the open slots that are true in [L, H, S], head by head."""
+        layer, head, index = which.nonzero(as_tuple=True)
+        return self._state.tables[row, layer, head, index // self._size].long() * self._size + index % self._size
 
     def _places(self, row: int, which: Tensor) -> tuple[Heads, Tensor]:
         layer, head, index = which.nonzero().T.cpu().numpy()
