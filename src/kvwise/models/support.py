@@ -260,7 +260,7 @@ on the language part only; what sees keeps attention of its own.
 ```python
 llm = LLM("path/to/llava")
 llm.generate("USER: <image>\\nWhat is this? ASSISTANT:", images=["cat.png"])  # paths, PIL images or uint8 arrays
-llm.generate([a, b], images=[["cat.png", "dog.png"], []])                   # for several prompts, a list for each
+llm.generate([a, b], images=[["cat.png", "dog.png"], []])  # for several prompts, a list for each
 ```
 
 On the command line, `kvwise generate --image cat.png --image dog.png` gives all images to every prompt. A prompt has
