@@ -28,6 +28,8 @@ from kvwise.models.loaded import LoadedModel
 from machine import write_results
 
 GATE = 1.10
+# Options without which a method does not serve a model with random weights.
+NEEDED: dict[str, dict[str, object]] = {"less": {"weights": "untrained"}, "kvsharer": {"map": "1:0-5:4"}}
 
 
 @dataclass
@@ -104,7 +106,8 @@ def all_strategies(budget: float) -> list[str]:
     found = []
     for kind in catalogue():
         if kind.axis in (Axis.RETENTION, Axis.ENCODING) and not kind.default:
-            found.append(str(kind.build({"budget": budget} if "budget" in kind.__dataclass_fields__ else {})))
+            options = {"budget": budget} if "budget" in kind.__dataclass_fields__ else {}
+            found.append(str(kind.build({**options, **NEEDED.get(kind.name, {})})))
     return found
 
 
@@ -139,7 +142,7 @@ def main() -> int:
               and not parse(str(r["strategy"])).retention.default and float(str(r["ratio"])) > GATE]  # fmt: skip
     print("gate (retention <= 1.10):", ", ".join(f"{r['strategy']} {r['ratio']:.2f}" for r in failed) or "none failed")
     path = args.json or Path(__file__).parent / "results" / f"methods-{time.strftime('%Y-%m-%d')}.json"
-    settings = {k: v for k, v in vars(args).items() if k not in ("json", "strategies")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("json", "strategies", "seed")}
     write_results(path, rows, seed=args.seed, **settings)
     return 0
 

@@ -102,9 +102,13 @@ class Evictor:
     ) -> None:
         """Mark in the pages that hold `held` [B, L, H] tokens, each page full but the last."""
         counts = -(-held // size)
-        mine = torch.arange(tables.shape[-1], device=tables.device) < self._state.on_device(counts)[..., None]
+        most = int(counts.max())
+        pages = tables[..., :most]
+        if counts.min() < most:  # else every entry is a page: the common case, without a look at each
+            inside = torch.arange(most, device=tables.device) < self._state.on_device(counts)[..., None]
+            pages = pages[inside]
         each = [self._state.on_device(np.repeat(part.ravel(), counts.ravel())) for part in (bound, position)]
-        self._kernels.mark(columns["mass"], columns["marked"], tables[mine].long(), each[0], each[1])
+        self._kernels.mark(columns["mass"], columns["marked"], pages.flatten().long(), each[0], each[1])
 
     # -- one for one --------------------------------------------------------------------------------------------
 
