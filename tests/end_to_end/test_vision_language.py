@@ -17,6 +17,8 @@ from kvwise.core.output import FinishReason
 from kvwise.core.params import SamplingParams
 from kvwise.engine.llm import LLM
 from kvwise.engine.sequence import Phase
+from kvwise.methods.retention.base import Kept, PromptView
+from kvwise.methods.retention.vlcache import VLCache
 from kvwise.models import processors, random
 from kvwise.models.support import IMAGE, VISION_ARCHITECTURES, tiny_config
 from tests.engine.plain import Answer
@@ -260,6 +262,46 @@ def test_a_refused_request_leaves_nothing_behind(serve: Serve, prompt: list[int]
     require_empty(engine)
     check_text = serve_all(engine, [(TEXT[0], [])], greedy(2))
     assert check_text[0].error is None
+
+
+@pytest.mark.parametrize("settings", [CHUNKED, UNCHUNKED], ids=["chunked", "unchunked"])
+@pytest.mark.parametrize("model_type", SERVED)
+def test_elastic_drops_tokens_of_images_only(serve: Serve, model_type: str, settings: dict[str, Any]) -> None:
+    engine = serve(f"{model_type}-tiny", "elastic(budget=0.7)", **settings)
+    name = engine.add_request([*TEXT[0], IMAGE, *TEXT[1]], greedy(2, explain=True), images=[TALL])
+    (span,) = sequence_of(engine, name).image_spans
+    (output,) = finish(engine).values()
+    text = {*range(span[0]), *range(span[1], span[1] + len(TEXT[1]))}
+    assert output.attestation.tokens_merged > 0
+    for layer in output.attestation.heads:
+        for head in layer:
+            assert len(text - set(head.kept)) <= 1  # one has made room for the token that was generated
+            assert len({*range(*span)} & set(head.kept)) < span[1] - span[0]
+    require_empty(engine)
+
+
+@pytest.mark.parametrize("model_type", SERVED)
+def test_vlcache_looks_with_the_text_behind_the_image(
+    serve: Serve, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows observe as there are tokens behind it, and they are the last ones."""
+    seen: list[tuple[int, ...]] = []
+    keep = VLCache.keep
+
+    def note(self: VLCache, view: PromptView) -> Kept:
+        rows = view.rows(0)
+        seen.append(tuple(rows.shape[2:]))
+        torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:3]))
+        return keep(self, view)
+
+    monkeypatch.setattr(VLCache, "keep", note)
+    engine = serve(f"{model_type}-tiny", "vlcache(budget=0.5)", **CHUNKED)
+    name = engine.add_request([*TEXT[0], IMAGE, *TEXT[1]], greedy(6), images=[TALL])
+    sequence = sequence_of(engine, name)
+    (output,) = finish(engine).values()
+    assert seen == [(len(TEXT[1]), sequence.num_prompt)]
+    assert output.attestation.tokens_dropped > 0
+    require_empty(engine)
 
 
 def test_an_image_counts_towards_the_length(serve: Serve) -> None:
