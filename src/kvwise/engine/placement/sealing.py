@@ -81,15 +81,8 @@ class Sealer:
 
     def _seal_keys(self, heads: Heads, due: Ints) -> None:
         state = self._state
-        spread = _pages_of(due, self.page_tokens)
-        if len(spread.index):
-            which = heads[spread.index]
-            first = state.key_length[which.place].astype(np.int64)
-            last = first + due[spread.index] - 1
-            tokens = np.minimum(first[:, None] + spread.tokens(self.page_tokens), last[:, None])
-            slots = state.open_slots(which, tokens)
-            pages = state.packed_slots(which, first + spread.nth * self.page_tokens, self.page_tokens)
-            pages = pages // self.page_tokens
+        which, slots, pages = self._filled(heads, state.key_length[heads.place], due)
+        if len(which):
             channels = None
             if self._channels.shape[-1]:
                 rows, layers, places = (state.on_device(part) for part in which.place)
@@ -101,16 +94,24 @@ class Sealer:
 
     def _seal_value_pages(self, heads: Heads, due: Ints) -> None:
         state = self._state
-        spread = _pages_of(due, self.page_tokens)
-        if len(spread.index):
-            which = heads[spread.index]
-            first = state.value_length[which.place].astype(np.int64)
-            last = first + due[spread.index] - 1
-            tokens = np.minimum(first[:, None] + spread.tokens(self.page_tokens), last[:, None])
-            pages = state.packed_slots(which, first + spread.nth * self.page_tokens, self.page_tokens)
-            slots = state.open_slots(which, tokens)
-            self._kernels.seal_values(self._arena.values, slots, self.packed, pages // self.page_tokens)
+        which, slots, pages = self._filled(heads, state.value_length[heads.place], due)
+        if len(which):
+            self._kernels.seal_values(self._arena.values, slots, self.packed, pages)
         state.value_length[heads.place] += due.astype(np.int32)
+
+    def _filled(self, heads: Heads, first: Counts, due: Ints) -> tuple[Heads, Tensor, Tensor]:
+        """Packed pages that the tokens `first`, ... of each head fill: whose they are, open slots [n, S], pages [n].
+
+        Of a last page that stays part empty, the last slot is repeated.
+        """
+        state, size = self._state, self.page_tokens
+        num_pages = -(-due // size)
+        index, nth = np.repeat(np.arange(len(due)), num_pages), _places(num_pages)
+        which = heads[index]
+        start = first[index].astype(np.int64) + nth * size
+        last = first[index].astype(np.int64) + due[index] - 1
+        tokens = np.minimum(start[:, None] + np.arange(size), last[:, None])
+        return which, state.open_slots(which, tokens), state.packed_slots(which, start, size) // size
 
     def _seal_value_rows(self, heads: Heads, due: Ints) -> None:
         state = self._state
@@ -153,23 +154,6 @@ class Sealer:
             )
             for layer in range(state.layout.num_layers)
         ]
-
-
-class _Spread:
-    """Pages that tokens of several heads fill: of which head each is, and which of that head's."""
-
-    def __init__(self, index: Ints, nth: Ints) -> None:
-        self.index = index
-        self.nth = nth
-
-    def tokens(self, page_tokens: int) -> Ints:
-        """Tokens [n, page_tokens] of each page, counted from the head's first."""
-        return np.asarray(self.nth[:, None] * page_tokens + np.arange(page_tokens))
-
-
-def _pages_of(due: Ints, page_tokens: int) -> _Spread:
-    num_pages = -(-due // page_tokens)
-    return _Spread(np.repeat(np.arange(len(due)), num_pages), _places(num_pages))
 
 
 def _places(counts: Ints) -> Ints:
