@@ -55,7 +55,8 @@ class PrefixKeys:
     `probe` is the first block's key without the salt, `bare_probe` without the identity too: they never find a block,
     they only let a miss say "other salt" or "other model". A private prompt has no keys: it neither hits nor publishes.
     `content`, by position, names what stands behind tokens that are placeholders: it is part of the key of every block
-    that it reaches into, so that equal placeholders of different images share nothing.
+    that it reaches into, so that equal placeholders of different images share nothing. `limit` is the most blocks that
+    may have keys: what follows them is neither found nor published.
     """
 
     root: bytes
@@ -65,6 +66,7 @@ class PrefixKeys:
     bare_probe: bytes = b""
     private: bool = False
     content: tuple[Content, ...] = ()
+    limit: int | None = None
 
     def __len__(self) -> int:
         return len(self.chain)
@@ -72,13 +74,22 @@ class PrefixKeys:
     def copy(self) -> "PrefixKeys":
         """An independent chain with the same keys."""
         return PrefixKeys(
-            self.root, self.unsalted_root, self.chain.copy(), self.probe, self.bare_probe, self.private, self.content
+            self.root,
+            self.unsalted_root,
+            self.chain.copy(),
+            self.probe,
+            self.bare_probe,
+            self.private,
+            self.content,
+            self.limit,
         )
 
     def extend(self, tokens: Tokens, block_size: int) -> None:
         """Append the keys of the full blocks in `tokens` [T], which follow the last keyed block."""
-        data = token_bytes(tokens)
         step = 4 * block_size
+        data = token_bytes(tokens)
+        if self.limit is not None:
+            data = data[: max(0, self.limit - len(self.chain)) * step]
         parent = self.chain[-1] if self.chain else self.root
         first = len(self.chain) * block_size
         if not self.chain and len(data) >= step:

@@ -86,13 +86,16 @@ class CacheManager(Keeping, Figures):
 
     # -- look-up -----------------------------------------------------------------------------------
 
-    def keys(self, tokens: Tokens, salt: str | None = "", content: tuple[Content, ...] = ()) -> PrefixKeys:
+    def keys(
+        self, tokens: Tokens, salt: str | None = "", content: tuple[Content, ...] = (), *, limit: int | None = None
+    ) -> PrefixKeys:
         """Chain keys of the full blocks of `tokens` [T], once per request; no keys if sharing is off.
 
         `salt` None: the prompt is private, it neither hits nor publishes. `content` names the images behind tokens.
+        Not more than the first `limit` blocks have keys, now or when the sequence grows.
         """
         root = self.identity.root(salt) if salt else self._unsalted_root
-        keys = PrefixKeys(root, self._unsalted_root, private=salt is None, content=content)
+        keys = PrefixKeys(root, self._unsalted_root, private=salt is None, content=content, limit=limit)
         if self.sharing and not keys.private:
             keys.extend(tokens, self.block_size)
         return keys
@@ -279,10 +282,14 @@ class CacheManager(Keeping, Figures):
 
     # -- checks -----------------------------------------------------------------------------------
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that a sequence in whole blocks could have if it ran alone."""
+        return min(self._pool.num_blocks, self._rows.max_blocks) * self.block_size
+
     def require_fits(self, num_tokens: int) -> None:
         """CapacityError if a sequence of `num_tokens` tokens could not run even alone."""
-        need = -(-num_tokens // self.block_size)
-        limit = min(self._pool.num_blocks, self._rows.max_blocks)
+        need, limit = -(-num_tokens // self.block_size), self.most_tokens // self.block_size
         if need > limit:
             raise CapacityError(
                 f"{num_tokens} tokens need {need} blocks, but a sequence can have at most {limit} "

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from kvwise.core.errors import UsageError
 from kvwise.core.tiering import OFFLOADS, TierSpec
 
+FCFS, PRIORITY = "fcfs", "priority"
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -28,6 +29,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     enable_chunked_prefill: bool = True
+    scheduling_policy: str = FCFS  # or priority: a request's number goes before its arrival, the smallest first
     tiers: Sequence[TierSpec] = ()  # below the device, fastest first
     offload: str = "through"  # blocks go down as soon as they are full; "back": when their request ends
     store_after: int = 1  # a block goes down the so-manyth time that a request uses it
@@ -53,6 +55,7 @@ class EngineConfig:
             ("max_num_seqs", self.max_num_seqs >= 1, "at least 1"),
             ("max_num_batched_tokens", self.max_num_batched_tokens >= 1, "at least 1"),
             ("max_model_len", _above_0(self.max_model_len), "at least 1"),
+            ("scheduling_policy", self.scheduling_policy in (FCFS, PRIORITY), f"{FCFS} or {PRIORITY}"),
             ("offload", self.offload in OFFLOADS, f"one of {', '.join(OFFLOADS)}"),
             ("store_after", self.store_after >= 1, "at least 1"),
             ("store_min_tokens", self.store_min_tokens >= 0, "0 or more"),

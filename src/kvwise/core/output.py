@@ -43,6 +43,7 @@ class RequestMetrics:
     token_times: list[float] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_keyed_tokens: int = 0  # of the prompt, in full blocks that others may find: those not found are written
     num_preemptions: int = 0
     miss: str | None = None
     load: LoadReport | None = None

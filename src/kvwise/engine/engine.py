@@ -11,7 +11,7 @@ from kvwise.cache.identity import PrefixKeys, Tokens
 from kvwise.cache.scopes import Scope
 from kvwise.cache.ttl import NO_TTL, Ttl
 from kvwise.core.clock import Clock, MonotonicClock
-from kvwise.core.config import EngineConfig
+from kvwise.core.config import PRIORITY, EngineConfig
 from kvwise.core.errors import CapacityError, UsageError
 from kvwise.core.output import Attestation, EngineStats, FinishReason, RequestMetrics, RequestOutput
 from kvwise.core.params import SamplingParams
@@ -58,6 +58,7 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}
         self._ids = itertools.count()
         self._num_steps = 0
+        self.num_step_tokens = 0  # computed in the last step
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -72,6 +73,9 @@ class Engine:
         session: str = "",
         scope: Scope = Scope.TENANT,
         ttl: Ttl = NO_TTL,
+        cache_salt: str = "",
+        num_shareable: int | None = None,
+        priority: int = 0,
         ttft_target_s: float | None = None,
         arrival: float | None = None,
         observe: Observe | None = None,
@@ -83,20 +87,25 @@ class Engine:
         uint8 arrays (`models.images.read_image`), for which the prompt has one placeholder each, or all the tokens they
         take (`models.vision.Vision.place`). `salt` names the tenant: equal
         prompts of different tenants share nothing. `session`, `scope` and `ttl` say who else may reuse the request's
-        KV and how long it is kept (see `lifecycle`); `ttft_target_s` is a wish that loading may heed. `arrival` is in
-        seconds on the engine's clock (now, if None). `observe(index, step, logits)` sees the raw logits [V] behind
-        every output token of every sample.
+        KV and how long it is kept (see `lifecycle`), `cache_salt` parts them further, and only the full blocks of the
+        first `num_shareable` tokens (None: all) are looked up and published. A smaller `priority` goes first, where the
+        config's `scheduling_policy` heeds it; `ttft_target_s` is a wish that loading may heed. `arrival` is in seconds
+        on the engine's clock (now, if None). `observe(index, step, logits)` sees the raw logits [V] behind every output
+        token of every sample.
         """
         number = next(self._ids)
         name = request_id if request_id is not None else f"request-{number}"
         samples = _samples(params)
+        self._refuse_priority(priority)
         tokens, placed = self._prompt(name, [int(t) for t in prompt], samples, images)
         now = self.clock.now() if arrival is None else arrival
-        owner = Owner(salt, session, scope, ttl)
+        owner = Owner(salt, session, scope, ttl, cache_salt)
         sequences = [
-            self._sequence(name, index, number, tokens, one, owner, now, observe, placed)
-            for index, one in enumerate(samples)
+            self._sequence(name, index, number, tokens, one, now, observe, placed) for index, one in enumerate(samples)
         ]
+        for sequence in sequences:
+            sequence.salt, sequence.session, sequence.priority = owner.salt, owner.session, priority
+            sequence.keys = self._keys(sequence.token_array(), owner, placed, num_shareable)
         keys = sequences[0].keys
         assert keys is not None
         terms = self.lifecycle.begin(name, owner, keys)
@@ -108,17 +117,15 @@ class Engine:
         return name
 
     def _sequence(
-        self, name: str, index: int, number: int, tokens: list[int], params: SamplingParams, owner: Owner, now: float,
+        self, name: str, index: int, number: int, tokens: list[int], params: SamplingParams, now: float,
         observe: Observe | None, placed: Placed | None,
     ) -> Sequence:  # fmt: skip
-        sequence = Sequence(
+        return Sequence(
             request_id=name,
             index=index,
             prompt=tokens,
             tokens=list(tokens),
             params=params,
-            salt=owner.salt,
-            session=owner.session,
             metrics=RequestMetrics(arrival=now, num_prompt_tokens=len(tokens)),
             attestation=Attestation(str(self.strategy), bits_per_element=8.0 * self.memory.layout.element_bytes),
             output=OutputText(self.loaded.tokenizer, params.stop),
@@ -134,8 +141,6 @@ class Engine:
             observe=observe,
             images=placed,
         )
-        sequence.keys = self._keys(sequence.token_array(), owner, placed)
-        return sequence
 
     def _prompt(
         self, name: str, tokens: list[int], samples: list[SamplingParams], images: Many[Any]
@@ -147,6 +152,17 @@ class Engine:
         for one in samples if placed is not None else ():
             self._refuse(name, tokens, one)  # longer now
         return tokens, placed
+
+    def _refuse_priority(self, priority: int) -> None:
+        if priority and self.config.scheduling_policy != PRIORITY:
+            raise UsageError(
+                f"priority={priority} means nothing under scheduling_policy={self.config.scheduling_policy!r}: leave "
+                f"it out, or choose {PRIORITY!r}"
+            )
+
+    def require_servable(self, prompt: Many[int], params: SamplingParams) -> None:
+        """UsageError if a prompt without images can never be served with these parameters. Safe on any thread."""
+        self._refuse("", [int(t) for t in prompt], params)
 
     def _refuse(self, name: str, tokens: list[int], params: SamplingParams) -> None:
         longest = len(tokens) + params.max_tokens
@@ -184,6 +200,11 @@ class Engine:
             if sequence.phase is not Phase.FINISHED:
                 self._finisher.end(sequence, FinishReason.ABORT)
 
+    def abort_all(self) -> None:
+        """End every request."""
+        for name in list(self._requests):
+            self.abort(name)
+
     def warm(
         self, prompt: Many[int], *, pin: bool = False, pin_until: float | None = None, salt: str = "",
         session: str = "", scope: Scope = Scope.TENANT, ttl: Ttl = NO_TTL, images: Many[Any] = (),
@@ -194,18 +215,26 @@ class Engine:
         """
         params = SamplingParams(max_tokens=0)
         name = self.add_request(prompt, params, images=images, salt=salt, session=session, scope=scope, ttl=ttl)
-        keys = self._requests[name][0].keys
-        assert keys is not None
-        self.lifecycle.keep_warm(name, keys.copy(), pin=pin, until=pin_until)
+        self.hold_warm(name, pin=pin, pin_until=pin_until)
         return name
+
+    def hold_warm(self, request_id: str, *, pin: bool = False, pin_until: float | None = None) -> None:
+        """What a queued request's prompt leaves is to stay warm: see `warm`."""
+        keys = self._requests[request_id][0].keys
+        assert keys is not None
+        self.lifecycle.keep_warm(request_id, keys.copy(), pin=pin, until=pin_until)
 
     def keys(self, prompt: Many[int], images: Many[Any] = (), owner: Owner = Owner()) -> PrefixKeys:  # noqa: B008
         """The keys of a prompt with images, by which `lifecycle` finds, pins and purges its blocks."""
         tokens, placed = place_images(self.loaded, [int(t) for t in prompt], images)
         return self._keys(np.asarray(tokens, dtype=np.int64), owner, placed)
 
-    def _keys(self, tokens: Tokens, owner: Owner, placed: Placed | None) -> PrefixKeys:
-        return self.memory.cache.keys(tokens, owner.salt, () if placed is None else placed.content)
+    def _keys(
+        self, tokens: Tokens, owner: Owner, placed: Placed | None, num_shareable: int | None = None
+    ) -> PrefixKeys:
+        limit = None if num_shareable is None else num_shareable // self.memory.layout.block_size
+        content = () if placed is None else placed.content
+        return self.memory.cache.keys(tokens, owner.salt, content, limit=limit)
 
     def purge_session(self, session: str) -> PurgeReport:
         """End the session's requests, then forget in every tier what only it holds."""
@@ -223,9 +252,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Schedule, run, commit: one forward pass for every request that can go on."""
-        self.memory.cache.expire()
-        if self._storing is not None:
-            self._storing.poll()
+        self.idle()
         schedule = self._scheduler.schedule()
         if schedule:
             self._run(schedule)
@@ -234,9 +261,16 @@ class Engine:
         elif not self._scheduler.running and self._scheduler.waiting and not self._scheduler.wait_for_blocks():
             self._finisher.refuse_stuck(self._scheduler.waiting[0])
         self._num_steps += 1
+        self.num_step_tokens = sum(item.num_tokens for item in schedule)
         if self.config.check:
             self.memory.cache.check()
         return self.collect()
+
+    def idle(self) -> None:
+        """What is due without a request: KV expires, blocks go down. `step` does it too."""
+        self.memory.cache.expire()
+        if self._storing is not None:
+            self._storing.poll()
 
     def _run(self, schedule: list[Scheduled]) -> None:
         shown, failures = look(self.loaded.vision, schedule)
@@ -309,6 +343,18 @@ class Engine:
 
     # -- figures ------------------------------------------------------------------------------------------------
 
+    @property
+    def num_waiting(self) -> tuple[int, int]:
+        """Requests that no step has scheduled, and the tokens to be computed for them."""
+        waiting = self._scheduler.waiting
+        return len(waiting), sum(len(sequence.tokens) for sequence in waiting)
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Tokens that a request may come to, prompt and output, by the model's length and the pool's."""
+        most = self.max_model_len
+        return most if self.memory.placement.settles else min(most, self.memory.cache.most_tokens)
+
     def stats(self) -> EngineStats:
         """Figures of this moment."""
         usage, cache = self.memory.cache.usage(), self.memory.cache
@@ -338,8 +384,8 @@ class Engine:
 
     def close(self) -> None:
         """End what runs in the background and take the hooks off the model."""
-        for name in list(self._requests):
-            self.abort(name)
+        self.abort_all()
+        for name in self._requests:
             self.lifecycle.end(name)
         self._requests.clear()
         self._runner.close()

@@ -47,17 +47,21 @@ class PurgeReport:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose request it is: tenant, session ("": none), who may reuse its KV, and its times to live."""
+    """Whose request it is: tenant, session ("": none), who may reuse its KV, and its times to live.
+
+    `cache_salt` parts the requests of one scope further: only those with the same share.
+    """
 
     tenant: str = ""
     session: str = ""
     scope: Scope = Scope.TENANT
     ttl: Ttl = NO_TTL
+    cache_salt: str = ""
 
     @property
     def salt(self) -> str | None:
         """The salt of its keys; None: nothing of it is shared."""
-        return effective_salt(self.scope, self.tenant, self.session)
+        return effective_salt(self.scope, self.tenant, self.session, self.cache_salt)
 
 
 @dataclass(slots=True)

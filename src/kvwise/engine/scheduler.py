@@ -29,7 +29,7 @@ class Scheduled:
 
 
 class Scheduler:
-    """First come, first served, under a budget of tokens and sequences a step.
+    """First come, first served within a priority, under a budget of tokens and sequences a step.
 
     A request holds memory for its whole prompt (or for what is kept of it and a stride) from its admission on, so a
     prefill never stalls half-way. When a running request cannot grow, the latest arrival is preempted: its memory is
@@ -53,8 +53,16 @@ class Scheduler:
         self._stuck_since: float | None = None
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new request."""
-        self.waiting.append(sequence)
+        """Queue a new request, behind all that are as urgent."""
+        index = len(self.waiting)
+        while index and self.waiting[index - 1].priority > sequence.priority:
+            index -= 1
+        self.waiting.insert(index, sequence)
+
+    def _put_first(self, sequence: Sequence) -> None:
+        """Queue a request before all that are as urgent."""
+        ahead = (i for i, other in enumerate(self.waiting) if other.priority >= sequence.priority)
+        self.waiting.insert(next(ahead, len(self.waiting)), sequence)
 
     def schedule(self) -> list[Scheduled]:
         """Choose the sequences of the next step and reserve their memory."""
@@ -213,12 +221,13 @@ class Scheduler:
         if metrics.first_scheduled is None:
             metrics.first_scheduled = self._clock.now()
             metrics.num_cached_tokens = match.num_tokens
+            metrics.num_keyed_tokens = 0 if sequence.keys is None else len(sequence.keys) * self._config.block_size
             metrics.miss = str(match.miss)
 
     def latest(self, besides: Sequence | None = None) -> Sequence | None:
-        """The running sequence that arrived last, which is the first to give way; None if there is no other."""
-        others = [(s.metrics.arrival, i, s) for i, s in enumerate(self.running) if s is not besides]
-        return max(others, key=lambda other: other[:2])[2] if others else None
+        """The least urgent running sequence, of these the last to arrive: the first to give way; None: no other."""
+        others = [(s.priority, s.metrics.arrival, i, s) for i, s in enumerate(self.running) if s is not besides]
+        return max(others, key=lambda other: other[:3])[3] if others else None
 
     def preempt(self, sequence: Sequence) -> None:
         """Release a running sequence's memory and put it first in the queue; its tokens so far are kept."""
@@ -227,7 +236,7 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self._put_first(sequence)
 
     def start_over(self, sequence: Sequence) -> None:
         """What was loaded for a running request turned out bad after it was used: it is computed from the start."""

@@ -40,12 +40,13 @@ class Sequence:
     prompt: list[int]  # never changed
     tokens: list[int]
     params: SamplingParams
-    salt: str | None  # None: nothing of it is shared
     metrics: RequestMetrics
     attestation: Attestation
     output: OutputText
     sampler: SequenceSampler
     observe: Observe | None = None
+    salt: str | None = ""  # None: nothing of it is shared
+    priority: int = 0  # a smaller one goes first, under that policy
     phase: Phase = Phase.WAITING
     row: int | None = None
     num_computed: int = 0

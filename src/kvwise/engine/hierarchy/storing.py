@@ -47,6 +47,8 @@ class Storing:
         if self._cache.holds_pages(sequence.row) or chain.private:
             return
         keys = chain.chain[first:full]
+        if not keys:
+            return
         most = self._hierarchy.num_room
         if not last_call and not most:
             return
