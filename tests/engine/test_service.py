@@ -108,6 +108,7 @@ def test_news_that_nobody_takes_are_merged(loaded: LoadedModel) -> None:
             pieces = [news async for news in stream]
             assert len(pieces) == 1
             assert pieces[0].token_ids == plain(loaded, PROMPT)
+            assert pieces[0].text == loaded.tokenizer.decode(pieces[0].token_ids)
 
     run(test)
 
