@@ -104,6 +104,11 @@ class Attend {
         v.length = length(segment, b, h);
         v.causal = segment.causal;
         if (segment.queries) v.queries = segment.queries + query_offset(b, h);
+        if (segment.mark_bounds) {
+            v.marks = true;
+            v.mark_bound = segment.mark_bounds[int64_t(b) * call_.num_heads + h];
+            v.mark_position = segment.mark_positions[b];
+        }
         if (segment.is_sealed) look_into_packed(segment, b, h, v);
         return v;
     }
@@ -483,17 +488,27 @@ class Attend {
         const SegmentView& segment = task.segment;
         const std::lock_guard<std::mutex> lock(head_locks_[mass.head]);
         for (int64_t i = 0; i < slots; ++i) {
-            const int64_t index = mass.from + i - segment.open_base;
-            if (mass.from + i < segment.key_length) {
-                const int64_t tokens = segment.packed->page_tokens, row = mass.from + i;
-                if (segment.packed_mass)
-                    segment.packed_mass[segment.packed_table[row / tokens] * tokens + row % tokens] += received[i];
-                continue;
+            float* cell = mass_cell(segment, mass.from + i);
+            if (!cell) continue;
+            if (!segment.marks) {
+                *cell += received[i];
+            } else if (received[i] >= segment.mark_bound) {
+                *cell = segment.mark_position;
             }
-            if (!segment.mass) return;
-            const int64_t page = segment.table[index / segment.block_size] * segment.page_stride + segment.page_offset;
-            segment.mass[page * segment.block_size + index % segment.block_size] += received[i];
         }
+    }
+
+    // Where a token receives mass; null: it has no column.
+    static float* mass_cell(const SegmentView& segment, int64_t token) {
+        if (token < segment.key_length) {
+            const int64_t tokens = segment.packed->page_tokens;
+            if (!segment.packed_mass) return nullptr;
+            return segment.packed_mass + segment.packed_table[token / tokens] * tokens + token % tokens;
+        }
+        if (!segment.mass) return nullptr;
+        const int64_t index = token - segment.open_base;
+        const int64_t page = segment.table[index / segment.block_size] * segment.page_stride + segment.page_offset;
+        return segment.mass + page * segment.block_size + index % segment.block_size;
     }
 };
 

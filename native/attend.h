@@ -30,6 +30,8 @@ struct Segment {
     const int32_t* positions;
     float* mass;
     const float* queries;  // that its keys meet, with the strides of the call's; null: the call's
+    const float* mark_bounds;     // [B, H], null: mass is added
+    const float* mark_positions;  // [B]: what a key whose mass reaches the bound gets into its column of mass instead
     bool is_sealed;  // with packed pages before the open ones; all below is theirs
     PackedPages packed;
     const int32_t* packed_tables;

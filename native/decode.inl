@@ -220,6 +220,16 @@ inline Ahead ahead_of(const Shape& shape, const SegmentView& segment, const Tile
     return ahead;
 }
 
+// The column of a tile's masses is far from its neighbours': ask for it while K and V arrive. (Always inlined: GCC
+// takes a function that only prefetches for one without effect, and drops its calls.)
+__attribute__((always_inline)) inline void fetch_mass(const SegmentView& segment, const Tile& tile) {
+    const float* masses = mass_of(segment, tile);
+    for (int32_t s = 0; masses && s < tile.num_key_slots(); ++s) {
+        const Span& span = tile.key_slots()[s];
+        for (int32_t t = 0; t < span.count; t += 16) __builtin_prefetch(masses + span.slot + t, 1, 3);
+    }
+}
+
 // What decode keeps while it walks the tiles.
 struct Decoder {
     const DecodeTask& task;
@@ -353,6 +363,7 @@ struct Decoder {
             }
         }
         ++tile_index;
+        if (kept) fetch_mass(segment, next);
         add(segment, tile, fetch_keys, scores, score_stride, alpha);
     }
 };
@@ -397,6 +408,23 @@ void decode(const DecodeTask& task) {
     });
 }
 
+// n neighbouring keys were given so much: it is added to their column, or the position noted where it is enough.
+inline void receive(const SegmentView& segment, const float* given, int32_t n, float* column) {
+    constexpr int W = Vec::kLanes;
+    int32_t t = 0;
+    if (!segment.marks) {
+        for (; t + W <= n; t += W) store(column + t, load(column + t) + load(given + t));
+        for (; t < n; ++t) column[t] += given[t];
+        return;
+    }
+    const Vec bound = broadcast(segment.mark_bound), position = broadcast(segment.mark_position);
+    for (; t + W <= n; t += W) {
+        const Vec mass = load(given + t);
+        store(column + t, select(equal(larger(mass, bound), mass), position, load(column + t)));
+    }
+    for (; t < n; ++t) column[t] = given[t] >= segment.mark_bound ? segment.mark_position : column[t];
+}
+
 // One walk over the kept probabilities: no key is read again.
 void decode_mass(const DecodeMassTask& mass) {
     const DecodeTask& task = *mass.decode;
@@ -407,10 +435,7 @@ void decode_mass(const DecodeMassTask& mass) {
         const float* maximum = task.tile_maximum + tile_index * rows;
         ++tile_index;
         float* masses = mass_of(segment, tile);
-        if (float* later = mass_of(segment, next)) {
-            for (int32_t s = 0; s < next.num_key_slots(); ++s)
-                __builtin_prefetch(later + next.key_slots()[s].slot, 1, 3);
-        }
+        fetch_mass(segment, next);  // a split's parts are walked long after they were decoded
         if (!masses) return;
         Vec received[kDecodeTile / Vec::kLanes];
         for (Vec& v : received) v = zero();
@@ -423,11 +448,9 @@ void decode_mass(const DecodeMassTask& mass) {
         }
         float sums[kDecodeTile];
         for (int i = 0; i < kDecodeTile / Vec::kLanes; ++i) store(sums + i * Vec::kLanes, received[i]);
-        int32_t t = 0;
-        for (int32_t s = 0; s < tile.num_key_slots(); ++s) {
-            const Span& span = tile.key_slots()[s];
-            for (int32_t i = 0; i < span.count; ++i) masses[span.slot + i] += sums[t++];
-        }
+        const float* given = sums;
+        for (int32_t s = 0; s < tile.num_key_slots(); given += tile.key_slots()[s++].count)
+            receive(segment, given, tile.key_slots()[s].count, masses + tile.key_slots()[s].slot);
     });
 }
 

@@ -15,6 +15,7 @@ using namespace kvwise;
 #include "codes.inl"
 #include "decode.inl"
 #include "prefill.inl"
+#include "seal_words.inl"
 #include "seal.inl"
 #include "xxh3.inl"
 

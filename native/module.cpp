@@ -33,13 +33,13 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-constexpr size_t kSegmentFields = 18, kSealedFields = kPackedFields + 13;
+constexpr size_t kSegmentFields = 20, kSealedFields = kPackedFields + 13;
 
 // Fields of a segment in the order of `_Fields` in kernels/cpu.py and, behind them, of its packed pages in that of
 // `sealed_fields` in kernels/cpu_sealed.py; one flat list is the cheapest thing to pass.
 Segment segment_of(const std::vector<int64_t>& f) {
     if (f.size() != kSegmentFields && f.size() != kSegmentFields + kSealedFields)
-        throw std::invalid_argument("a segment has 18 fields or, sealed, 52; got " + std::to_string(f.size()));
+        throw std::invalid_argument("a segment has 20 fields or, sealed, 54; got " + std::to_string(f.size()));
     Segment s{};
     s.keys = at<const void>(f[0]);
     s.values = at<const void>(f[1]);
@@ -59,6 +59,8 @@ Segment segment_of(const std::vector<int64_t>& f) {
     s.positions = at<const int32_t>(f[15]);
     s.mass = at<float>(f[16]);
     s.queries = at<const float>(f[17]);
+    s.mark_bounds = at<const float>(f[18]);
+    s.mark_positions = at<const float>(f[19]);
     s.is_sealed = f.size() > kSegmentFields;
     if (!s.is_sealed) return s;
     const int64_t* sealed = f.data() + kSegmentFields + kPackedFields;
@@ -139,14 +141,6 @@ void bind_rows(nb::module_& m) {
            uintptr_t target_pages, int64_t page_bytes, int64_t n, int num_threads) {
             copy_rows({at<char>(source), num_source, page_bytes}, at<const int64_t>(source_pages),
                       {at<char>(target), num_target, page_bytes}, at<const int64_t>(target_pages), n, num_threads);
-        },
-        Unlocked());
-    m.def(
-        "mark_pages",
-        [](uintptr_t mass, uintptr_t marked, int64_t num_pages, int64_t page_slots, uintptr_t pages, uintptr_t bound,
-           uintptr_t position, int64_t n, int num_threads) {
-            mark_pages({at<float>(mass), at<float>(marked), num_pages, page_slots}, at<const int64_t>(pages),
-                       at<const float>(bound), at<const float>(position), n, num_threads);
         },
         Unlocked());
     m.def("append", [](const std::string& set, uintptr_t rows, int64_t token_bytes, int64_t head_bytes, bool narrow,

@@ -65,6 +65,7 @@ struct SealTask {
     const int64_t* next_slots;  // of the page after this one, to be fetched meanwhile; null: none
     const int64_t* channels;  // of a plain part: which it keeps; null: all
     char* target;             // first byte of the part
+    bool streaming;           // full vectors of codes pass the caches
 };
 
 }  // namespace kvwise

@@ -71,25 +71,6 @@ void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& tar
     });
 }
 
-void mark_pages(const MarkedColumns& columns, const int64_t* pages, const float* bound, const float* position,
-                int64_t n, int num_threads) {
-    const int64_t size = columns.page_slots;
-    for_runs(n, 2 * size * int64_t(sizeof(float)), num_threads, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i) {
-            if (pages[i] < 0 || pages[i] >= columns.num_pages) {
-                throw std::invalid_argument("page " + std::to_string(pages[i]) + " lies outside the " +
-                                            std::to_string(columns.num_pages) + " pages of a column");
-            }
-            float* mass = columns.mass + pages[i] * size;
-            float* marked = columns.marked + pages[i] * size;
-            for (int64_t t = 0; t < size; ++t) {
-                marked[t] = mass[t] >= bound[i] ? position[i] : marked[t];
-                mass[t] = 0.0f;
-            }
-        }
-    });
-}
-
 void append_rows(const InstructionSet& set, const NewRows& rows, const Arena& arena, const AppendTarget& target,
                  int num_threads) {
     for_runs(target.num_tokens, target.num_heads * arena.row_bytes, num_threads, [&](int64_t from, int64_t to) {

@@ -24,18 +24,6 @@ void move_rows(const Arena& arena, const int64_t* source, const int64_t* target,
 void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& target, const int64_t* target_rows,
                int64_t n, int num_threads);
 
-// Columns of float32 [num_pages, page_slots] beside an arena. In each of the pages named, a slot whose mass is at least
-// the page's bound gets its position, and the mass becomes 0.
-struct MarkedColumns {
-    float* mass;
-    float* marked;
-    int64_t num_pages;
-    int64_t page_slots;
-};
-
-void mark_pages(const MarkedColumns& columns, const int64_t* pages, const float* bound, const float* position,
-                int64_t n, int num_threads);
-
 // New rows [T, H, dim] of keys or values and where they go.
 struct NewRows {
     const char* data;

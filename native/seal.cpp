@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "digest.h"
 #include "threads.h"
 
 namespace kvwise {
@@ -41,15 +42,16 @@ void seal_pages(const InstructionSet& set, const OpenRows& rows, const int64_t* 
     if (channels) check_all("channel", channels, n * part.dim, rows.dim);
     const int64_t run = std::clamp<int64_t>(n / (4 * num_threads), 1, kPagesPerRun);
     parallel_for((n + run - 1) / run, num_threads, [&](int64_t item, int) {
-        const int64_t end = std::min(n, (item + 1) * run);
+        const int64_t end = std::min(n, (item + 1) * run), last = num_threads == 1 ? n : end;
         for (int64_t i = item * run; i < end; ++i) {
             SealTask task = task_of(rows, packed, part);
             task.slots = slots + i * packed.page_tokens;
-            task.next_slots = i + 1 < end ? task.slots + packed.page_tokens : nullptr;
+            task.next_slots = i + 1 < last ? task.slots + packed.page_tokens : nullptr;
             task.channels = channels ? channels + i * part.dim : nullptr;
             task.target = packed.page(pages[i]) + part.first;
             set.seal(task);
         }
+        finish_streaming();
     });
 }
 

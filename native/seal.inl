@@ -22,10 +22,11 @@ __attribute__((always_inline)) inline void fetch_row(const SealTask& task, int64
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
-inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    return bits;
+// The same of row i of the next page.
+__attribute__((always_inline)) inline void fetch_next(const SealTask& task, int64_t i, int64_t first, int64_t bytes) {
+    if (!task.next_slots) return;
+    const char* row = task.rows + task.next_slots[i] * task.row_bytes + first;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
 // Numbers [d, d + kLanes) of a row of `dim`; zeros behind its end.
@@ -62,77 +63,39 @@ inline Affine affine_of(Vec low, Vec high, int32_t levels, uint16_t* steps, uint
     return {rounded, load_as_float(Float16{}, zeros), inverse};
 }
 
-// The nearest whole number of one between 0 and 255, ties to even, lies in the lowest byte of its sum with 1.5 * 2**23:
-// the sum has no bits left for a fraction.
-constexpr float kWhole = 12582912.0f;
-
 // The code in the lowest byte of each lane.
 inline Vec round_code(Vec value, const Affine& affine, Vec levels) {
     return smaller(larger((value - affine.zero) * affine.inverse, zero()), levels) + broadcast(kWhole);
+}
+
+// Where a value lies among the codes, up to the highest; what lies below 0 or is a nan will be code 0.
+inline Vec place_of(Vec value, const Affine& affine, Vec levels) {
+    return smaller(levels, (value - affine.zero) * affine.inverse);
 }
 
 // The lower code, plus 8, of what such an upper one leaves.
 inline Vec round_rest(Vec value, const Affine& affine, Vec upper) {
     const Vec rest = value - ((upper - broadcast(kWhole)) * affine.step + affine.zero);
     const Vec sixteenths = clamped(rest * affine.inverse * broadcast(16.0f), -8.0f, 7.0f);
-    return (sixteenths + broadcast(kWhole)) + broadcast(8.0f);
+    return (sixteenths + broadcast(kWhole)) - broadcast(kWhole - 8.0f);
 }
 
 inline uint16_t* steps_at(const PackedPart& part, char* data, int32_t group) {
     return reinterpret_cast<uint16_t*>(data + part.steps) + int64_t(group) * 2 * part.padded_inner;
 }
 
-// Calls write(plane, shift, codes, data) for each plane: which codes it cuts bits out of, from which bit on.
-template <class Codes, class Write>
-inline void for_planes(const PackedPart& part, Codes* upper, Codes* lower, char* data, Write write) {
-    int32_t shift = part.split ? 0 : part.bits;
-    for (int32_t p = 0; p < part.num_planes; ++p) {
-        if (!part.split) shift -= part.planes[p];
-        write(part.planes[p], shift, part.split && p == 1 ? lower : upper, data);
-        data += part.plane_bytes(p);
-    }
-}
-
-// Words of a plane of B bits for 32 numbers of one lane, whose codes are bytes: `step` bytes from word to word.
-// `Whole`: the plane takes all bits of the codes.
-template <int B, bool Whole>
-inline void write_words(const uint8_t* codes, int32_t shift, int64_t step, char* at) {
-    constexpr uint64_t mask = 0x0101010101010101u * ((1u << B) - 1);
-    for (int w = 0; w < B; ++w, at += step) {
-        uint32_t word = 0;
-        for (int s = 0; s < 8 / B; s += 2) {  // two quads at once
-            uint64_t quads = 0;
-            std::memcpy(&quads, codes + (w * (8 / B) + s) * 4, B == 8 ? 4 : 8);
-            if (!Whole) quads = (quads >> shift) & mask;
-            word |= uint32_t(B == 8 ? quads : quads | quads >> (32 - B)) << (s * B);
-        }
-        std::memcpy(at, &word, sizeof(word));
-    }
-}
-
 constexpr int kSealTokens = 64;  // codes held at once
 using LaneCodes = uint8_t[kSealTokens][kCodeUnit];
 
-template <int B, bool Whole>
-void write_lanes(const LaneCodes& codes, int32_t n, int32_t shift, int64_t step, char* at) {
-    for (int32_t i = 0; i < n; ++i) write_words<B, Whole>(codes[i], shift, step, at + 4 * i);
-}
-
-// Codes of 32 inner numbers of lanes [lane, lane + n).
-inline void write_unit(const PackedPart& part, const LaneCodes& upper, const LaneCodes& lower, int32_t n, int64_t unit,
-                       int64_t lane, char* data) {
-    const int64_t step = int64_t(part.padded_lanes) * 4;
-    const bool whole = part.split || part.num_planes == 1;
-    for_planes(part, &upper, &lower, data, [&](int32_t bits, int32_t shift, const LaneCodes* codes, char* plane) {
-        char* at = plane + unit * bits * step + lane * 4;
-        if (bits == 8) return write_lanes<8, true>(*codes, n, 0, step, at);
-        if (whole && bits == 4) return write_lanes<4, true>(*codes, n, 0, step, at);
-        if (whole && bits == 2) return write_lanes<2, true>(*codes, n, 0, step, at);
-        if (whole && bits == 1) return write_lanes<1, true>(*codes, n, 0, step, at);
-        if (bits == 4) return write_lanes<4, false>(*codes, n, shift, step, at);
-        if (bits == 2) return write_lanes<2, false>(*codes, n, shift, step, at);
-        if (bits == 1) return write_lanes<1, false>(*codes, n, shift, step, at);
-    });
+// Codes of 32 inner numbers of lanes [lane, lane + n). (Rows behind the last are read, not written.)
+inline void write_lanes(const PackedPart& part, const LaneCodes& upper, const LaneCodes& lower, int32_t n, int64_t unit,
+                        int64_t lane, char* data, bool streaming) {
+    for (int32_t i = 0; i < n; i += Vec::kLanes) {
+        Quads high[kQuads], low[kQuads];
+        quads_of(upper + i, high);
+        if (part.split) quads_of(lower + i, low);
+        write_unit(part, high, low, n - i < Vec::kLanes ? n - i : Vec::kLanes, unit, lane + i, data, streaming);
+    }
 }
 
 // 32 channels of one group of tokens: their steps, then the codes. `Full`: the head has all 32.
@@ -168,14 +131,18 @@ void seal_unit_of_tokens(const SealTask& task, int32_t group, int32_t d) {
     for (int64_t from = first; from < end; from += kSealTokens) {
         const int32_t n = int32_t(end - from < kSealTokens ? end - from : kSealTokens);
         for (int32_t i = 0; i < n; ++i) {
-            fetch_row(task, from + i + task.page_tokens, d * size, kCodeUnit * size);
+            fetch_next(task, from + i, d * size, kCodeUnit * size);
+            Vec code[kUnitVectors], rest[kUnitVectors];
             for (int v = 0; v < kUnitVectors; ++v) {
-                const Vec x = at(from + i, v), code = round_code(x, affine[v], levels);
-                store_low_bytes(upper[i] + v * Vec::kLanes, code);
-                if (Split) store_low_bytes(lower[i] + v * Vec::kLanes, round_rest(x, affine[v], code));
+                const Vec x = at(from + i, v);
+                code[v] = Split ? round_code(x, affine[v], levels) : place_of(x, affine[v], levels);
+                if (Split) rest[v] = round_rest(x, affine[v], code[v]);
+                if (Split) code[v] = code[v] - broadcast(kWhole);
             }
+            store_unit(upper[i], code);
+            if (Split) store_unit(lower[i], rest);
         }
-        write_unit(part, upper, lower, n, d / kCodeUnit, from, task.target);
+        write_lanes(part, upper, lower, n, d / kCodeUnit, from, task.target, task.streaming);
     }
 }
 
@@ -190,7 +157,7 @@ void seal_channel_groups(const SealTask& task) {
     }
     const LaneCodes none = {};
     for (int32_t d = 0; part.lanes < part.padded_lanes && d < part.padded_inner; d += kCodeUnit)
-        write_unit(part, none, none, part.padded_lanes - part.lanes, d / kCodeUnit, part.lanes, task.target);
+        write_lanes(part, none, none, part.padded_lanes - part.lanes, d / kCodeUnit, part.lanes, task.target, false);
 }
 
 // Least and greatest of numbers [from, from + n) of a row.
@@ -212,22 +179,6 @@ inline void extremes(const char* row, int32_t from, int32_t n, float* low, float
         store(x, load_from<S>(row, from + d, from + d + 1));
         *low = d && *low < x[0] ? *low : x[0];
         *high = d && *high > x[0] ? *high : x[0];
-    }
-}
-
-// Words of a plane of B bits for 32 tokens of kLanes channels, of which `n` are written: `step` bytes from word to
-// word.
-template <int B, bool Whole>
-inline void write_tokens(const uint32_t (*codes)[Vec::kLanes], int32_t shift, int32_t n, int64_t step, char* at) {
-    constexpr uint32_t mask = (1u << B) - 1;
-    for (int w = 0; w < B; ++w, at += step) {
-        uint32_t words[Vec::kLanes] = {};
-        for (int k = 0; k < 32 / B; ++k) {
-            const uint32_t* code = codes[w * (32 / B) + k];
-            const int place = 8 * (k % 4) + k / 4 * B;
-            for (int i = 0; i < Vec::kLanes; ++i) words[i] |= ((Whole ? code[i] : code[i] >> shift) & mask) << place;
-        }
-        std::memcpy(at, words, n * sizeof(uint32_t));
     }
 }
 
@@ -260,13 +211,10 @@ inline void store_codes(uint32_t* codes, Vec code) {
     std::memcpy(codes, &code.v, sizeof(code.v));
 }
 
-// Codes of 32 tokens of kLanes channels, each in the lowest byte.
-using TokenCodes = uint32_t[kCodeUnit][Vec::kLanes];
-
-// Of tokens [at, at + n) and channels from d on; codes of tokens behind are zeros already.
+// Of tokens [at, at + n) and kLanes channels from d on; tokens behind get zeros.
 template <class S, bool Split, bool Full>
-void round_tokens(const SealTask& task, const TokenSteps& steps, int32_t at, int32_t n, int32_t d, TokenCodes& upper,
-                  TokenCodes& lower) {
+void round_tokens(const SealTask& task, const TokenSteps& steps, int32_t at, int32_t n, int32_t d, Quads* upper,
+                  Quads* lower) {
     constexpr int64_t size = sizeof(typename S::Bits);
     const Vec levels = broadcast(float(task.part->levels));
     const int64_t row_bytes = task.row_bytes;
@@ -274,42 +222,33 @@ void round_tokens(const SealTask& task, const TokenSteps& steps, int32_t at, int
     const char* rows = task.rows;
     const int32_t dim = task.part->dim;
     const bool line = d * size % 64 == 0;
-    for (int32_t i = 0; i < n; ++i) {
-        if (line) fetch_row(task, at + i + task.page_tokens, d * size, Vec::kLanes * size);
-        const Vec x = load_part<S, Full>(rows + slots[i] * row_bytes, d, dim);
-        const Vec code = round_code(x, steps.of(i), levels);
-        store_codes(upper[i], code);
-        if (Split) store_codes(lower[i], round_rest(x, steps.of(i), code));
+    for (int q = 0; q < kQuads; ++q) {
+        Vec code[4], rest[4];
+        for (int j = 0; j < 4; ++j) {
+            const int32_t i = 4 * q + j;
+            code[j] = rest[j] = zero();
+            if (i >= n) continue;
+            if (line) fetch_next(task, at + i, d * size, Vec::kLanes * size);
+            const Vec x = load_part<S, Full>(rows + slots[i] * row_bytes, d, dim);
+            code[j] = Split ? round_code(x, steps.of(i), levels) : place_of(x, steps.of(i), levels);
+            if (Split) rest[j] = round_rest(x, steps.of(i), code[j]);
+            if (Split) code[j] = code[j] - broadcast(kWhole);
+        }
+        upper[q] = quads_from(code);
+        if (Split) lower[q] = quads_from(rest);
     }
-}
-
-// Words of tokens [32 * unit, + 32) and of `lanes` channels from d on.
-inline void write_tokens_of(const PackedPart& part, const TokenCodes& upper, const TokenCodes& lower, int32_t lanes,
-                            int64_t unit, int32_t d, char* data) {
-    const int64_t step = int64_t(part.padded_lanes) * 4;
-    const bool whole = part.split || part.num_planes == 1;
-    for_planes(part, &upper, &lower, data, [&](int32_t bits, int32_t shift, const TokenCodes* codes, char* plane) {
-        char* to = plane + unit * bits * step + d * 4;
-        if (bits == 8) return write_tokens<8, true>(*codes, 0, lanes, step, to);
-        if (whole && bits == 4) return write_tokens<4, true>(*codes, 0, lanes, step, to);
-        if (whole && bits == 2) return write_tokens<2, true>(*codes, 0, lanes, step, to);
-        if (whole && bits == 1) return write_tokens<1, true>(*codes, 0, lanes, step, to);
-        if (bits == 4) return write_tokens<4, false>(*codes, shift, lanes, step, to);
-        if (bits == 2) return write_tokens<2, false>(*codes, shift, lanes, step, to);
-        if (bits == 1) return write_tokens<1, false>(*codes, shift, lanes, step, to);
-    });
 }
 
 template <class S, bool Split>
 void seal_token_groups(const SealTask& task) {
     const PackedPart& part = *task.part;
-    TokenCodes upper = {}, lower = {};
+    const bool streaming = task.streaming;
+    Quads upper[kQuads], lower[kQuads];
+    const auto write = [&](int32_t lanes, int32_t unit, int32_t d) {
+        write_unit(part, upper, lower, lanes < Vec::kLanes ? lanes : Vec::kLanes, unit, d, task.target, streaming);
+    };
     for (int32_t at = 0; at < part.padded_inner; at += kCodeUnit) {
         const int32_t n = part.inner - at < kCodeUnit ? part.inner - at : kCodeUnit, unit = at / kCodeUnit;
-        for (int32_t i = n; i < kCodeUnit; ++i) {
-            store_codes(upper[i], zero());
-            store_codes(lower[i], zero());
-        }
         for (int32_t group = 0; group < part.num_groups(); ++group) {
             TokenSteps steps;
             steps_of_tokens<S>(task, group, at, n, steps);
@@ -317,17 +256,14 @@ void seal_token_groups(const SealTask& task) {
             for (int32_t d = group * part.group; d < end; d += Vec::kLanes) {
                 d + Vec::kLanes <= part.dim ? round_tokens<S, Split, true>(task, steps, at, n, d, upper, lower)
                                             : round_tokens<S, Split, false>(task, steps, at, n, d, upper, lower);
-                const int32_t lanes = end - d < Vec::kLanes ? end - d : Vec::kLanes;
-                write_tokens_of(part, upper, lower, lanes, unit, d, task.target);
+                write(end - d, unit, d);
             }
         }
     }
     // Lanes behind the last channel are zeros.
-    const TokenCodes none = {};
+    for (int q = 0; q < kQuads; ++q) upper[q] = lower[q] = Quads{};
     for (int32_t d = part.lanes; d < part.padded_lanes; d += Vec::kLanes) {
-        const int32_t lanes = part.padded_lanes - d < Vec::kLanes ? part.padded_lanes - d : Vec::kLanes;
-        for (int32_t unit = 0; unit < part.padded_inner / kCodeUnit; ++unit)
-            write_tokens_of(part, none, none, lanes, unit, d, task.target);
+        for (int32_t unit = 0; unit < part.padded_inner / kCodeUnit; ++unit) write(part.padded_lanes - d, unit, d);
     }
 }
 
@@ -350,7 +286,7 @@ void seal_token_row(const SealTask& task, int64_t token) {
             uint32_t upper[Vec::kLanes], lower[Vec::kLanes];
             const Vec x = load_from<S>(row, d, part.dim), code = round_code(x, affine, broadcast(float(part.levels)));
             store_codes(upper, code);
-            store_codes(lower, round_rest(x, affine, code));
+            store_codes(lower, round_rest(x, affine, code) + broadcast(kWhole));
             const int32_t lanes = end - d < Vec::kLanes ? end - d : Vec::kLanes;
             for_planes(part, upper, lower, task.target,
                        [&](int32_t bits, int32_t shift, const uint32_t* codes, char* plane) {
@@ -368,14 +304,16 @@ void seal_token_row(const SealTask& task, int64_t token) {
 }
 
 // Nearest e4m3 numbers, ties to even, of numbers up to 448 in size.
-inline void narrow_float8(const float* x, int32_t n, uint8_t* out) {
-    for (int32_t i = 0; i < n; ++i) {
-        const uint32_t bits = bits_of(x[i]), size = bits & 0x7FFFFFFF;
-        // Below 2**-6 steps are even, 2**-9: a sum with 2**14 has no bits for less.
-        const uint32_t small = bits_of((x[i] < 0.0f ? -x[i] : x[i]) + 16384.0f) - 0x46800000;
-        const uint32_t large = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3);
-        out[i] = uint8_t((size < 0x3C800000 ? small : large) | (bits >> 24 & 0x80));
-    }
+inline Quads narrow_float8(Vec x) {
+    Quads bits, small;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const Quads size = bits & 0x7FFFFFFF;
+    // Below 2**-6 steps are even, 2**-9: a sum with 2**14 has no bits for less.
+    const Vec sum = larger(x, zero() - x) + broadcast(16384.0f);
+    std::memcpy(&small, &sum, sizeof(small));
+    const Quads large = ((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3);
+    const Quads is_small = (Quads)(size < 0x3C800000);
+    return ((small - 0x46800000) & is_small) | (large & ~is_small) | (bits >> 24 & 0x80);
 }
 
 template <class S>
@@ -392,12 +330,21 @@ void seal_float8(const SealTask& task) {
     const float most = reduce_max(largest) / kLargestFloat8, scale = most == 0.0f ? 1.0f : most;
     const Vec inverse = broadcast(1.0f / scale);
     for (int64_t i = 0; i < task.page_tokens; ++i) {
-        float scaled[kMaxSealDim];
-        for (int32_t d = 0; d < dim; d += Vec::kLanes) {
-            const Vec x = load_from<S>(row_at(task, i), d, dim) * inverse;
-            store(scaled + d, clamped(x, -kLargestFloat8, kLargestFloat8));
+        auto* out = reinterpret_cast<uint8_t*>(task.target) + i * dim;
+        for (int32_t d = 0; d < dim; d += kCodeUnit) {
+            Quads codes[kUnitVectors];
+            for (int v = 0; v < kUnitVectors; ++v) {
+                const Vec x = load_from<S>(row_at(task, i), d + v * Vec::kLanes, dim) * inverse;
+                codes[v] = narrow_float8(clamped(x, -kLargestFloat8, kLargestFloat8));
+            }
+            if (d + kCodeUnit <= dim) {
+                store_bytes(out + d, codes);
+            } else {
+                uint8_t last[kCodeUnit];
+                store_bytes(last, codes);
+                std::memcpy(out + d, last, dim - d);
+            }
         }
-        narrow_float8(scaled, dim, reinterpret_cast<uint8_t*>(task.target) + i * dim);
     }
     std::memcpy(task.target + task.page_tokens * dim, &scale, sizeof(scale));
 }
@@ -429,9 +376,12 @@ void seal_row(const SealTask& task, int64_t row) {
     });
 }
 
-void seal(const SealTask& task) {
+void seal(const SealTask& given) {
+    SealTask task = given;
+    task.streaming = can_stream(*task.part, task.target);
     const PackedPart& part = *task.part;
-    for (int64_t at = 0; part.coded && at < part.steps; at += 64) __builtin_prefetch(task.target + at, 1);
+    for (int64_t at = 0; part.coded && !task.streaming && at < part.steps; at += 64)
+        __builtin_prefetch(task.target + at, 1);
     with_storage(task.storage, [&](auto storage) {
         using S = decltype(storage);
         if (part.coded && part.split)

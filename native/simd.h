@@ -168,11 +168,6 @@ inline void store_as(Float16, uint16_t* p, Vec a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// The lowest byte of each lane's bits.
-inline void store_low_bytes(uint8_t* p, Vec a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_castps_si512(a.v)));
-}
-
 // The sums of 16 vectors, sum i in lane i. Each step halves the vectors and keeps one half of the lanes of each.
 inline __m512 fold_halves(__m512 a, __m512 b) {  // 256-bit halves: a's sums low, b's high
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
@@ -332,13 +327,6 @@ inline void store_as(Float32, float* p, Vec a) {
 }
 inline void store_as(Float16, uint16_t* p, Vec a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
-}
-
-// The lowest byte of each lane's bits.
-inline void store_low_bytes(uint8_t* p, Vec a) {
-    const __m256i low = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0xFF));
-    const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
 }
 
 // The sums of 8 vectors, sum i in lane i.
@@ -512,13 +500,6 @@ inline uint16_t narrow_float16(float x) {
 }
 inline void store_as(Float16, uint16_t* p, Vec a) {
     for (int i = 0; i < Vec::kLanes; ++i) p[i] = narrow_float16(a.v[i]);
-}
-
-// The lowest byte of each lane's bits.
-inline void store_low_bytes(uint8_t* p, Vec a) {
-    uint32_t bits[Vec::kLanes];
-    std::memcpy(bits, &a.v, sizeof(bits));
-    for (int i = 0; i < Vec::kLanes; ++i) p[i] = uint8_t(bits[i]);
 }
 
 inline Vec sums_of(const Vec* a) {

@@ -19,6 +19,9 @@ struct SegmentView {
     int64_t page_offset;
     const int32_t* positions;  // per slot, null: position = index in table order
     float* mass;               // per slot, null: not wanted
+    bool marks;                // a mass of at least mark_bound makes its slot mark_position, and nothing is added
+    float mark_bound;
+    float mark_position;
     int64_t block_size;
     int32_t length;
     bool causal;
@@ -80,7 +83,7 @@ struct DecodeTask {
     Partial result;
 };
 
-// Adds to the mass of every key of a DecodeTask what the rows gave it, by the rows' final log-sum-exp.
+// Adds to the mass of every key of a DecodeTask (or marks it for) what the rows gave it, by their final log-sum-exp.
 struct DecodeMassTask {
     const DecodeTask* decode;
     const float* lse;  // [R]

@@ -77,18 +77,6 @@ def copy_pages(
     num_threads: int,
     /,
 ) -> None: ...
-def mark_pages(
-    mass: int,
-    marked: int,
-    num_pages: int,
-    page_slots: int,
-    pages: int,
-    bound: int,
-    position: int,
-    n: int,
-    num_threads: int,
-    /,
-) -> None: ...
 def append(
     instruction_set: str,
     rows: int,

@@ -178,26 +178,3 @@ def test_without_native_kernels_the_reference_runs_and_says_so(
     assert [kernels_for(CPU).name for _ in range(3)] == ["reference"] * 3
     assert len(caplog.records) == 1
     assert "without its native kernels" in caplog.text
-
-
-def test_mark_notes_the_position_where_a_row_has_looked_and_clears_the_mass(kernels: Kernels) -> None:
-    mass, marked = random(9, 4).abs(), random(9, 4, seed=1).abs()
-    pages, bound = torch.tensor([7, 0, 3]), torch.tensor([0.5, 0.0, 9.0])
-    position = torch.tensor([40.0, 41.0, 42.0])
-    wanted_mass, wanted = mass.clone(), marked.clone()
-    for page, least, at in zip(pages.tolist(), bound.tolist(), position.tolist(), strict=True):
-        for t in range(4):
-            if mass[page, t] >= least:
-                wanted[page, t] = at
-            wanted_mass[page, t] = 0.0
-    assert not torch.equal(wanted, marked)
-    kernels.mark(mass, marked, pages, bound, position)
-    assert torch.equal(mass, wanted_mass)
-    assert torch.equal(marked, wanted)
-
-
-@pytest.mark.parametrize("name", NATIVE)
-def test_mark_refuses_pages_outside_the_column(name: str) -> None:
-    column = torch.zeros(4, 4)
-    with pytest.raises(UsageError, match="page 4 lies outside the 4 pages"):
-        kernels_for(CPU, name).mark(column, column.clone(), torch.tensor([4]), torch.ones(1), torch.ones(1))

@@ -40,6 +40,14 @@ class Sealed:
 
 
 @dataclass(frozen=True, slots=True)
+class Marks:
+    """What to note of a key's mass instead of adding it to its column: where it is at least the bound, the position."""
+
+    bound: Tensor  # float32 [B, H], more than 0
+    position: Tensor  # float32 [B]
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A run of pages in one encoding at one place; attention over several is one softmax over all of them.
 
@@ -64,6 +72,7 @@ class Segment:
     )
     mass: Tensor | None = None  # float32 [P, block_size]; the softmax mass each key receives is added here
     sealed: Sealed | None = None  # packed pages before the open ones
+    marks: Marks | None = None  # `mass` columns, of packed pages too, hold positions of rows that looked at a key
     queries: Tensor | None = None  # [T, Hq, Dk]: what these keys meet instead of the call's (rotated otherwise)
 
     @property
@@ -120,7 +129,8 @@ class Kernels(Protocol):
             int32 [T] if given, else ``length - n + i``.
         mass_rows: int32 [B]; only the last ``mass_rows[b]`` rows of a sequence count towards the mass (None: all
             rows). The mass of a key is the sum of its true probabilities, after the merge over all segments, over
-            the counted rows and the G heads reading it. It needs no T x T memory in any family.
+            the counted rows and the G heads reading it. It needs no T x T memory in any family. Pages of a segment
+            with `marks` belong to one sequence and head.
         mass_fading: float32 [T]; a row's probabilities count ``exp(-mass_fading)`` times towards the mass (None: once).
 
         A query that sees no key, or that no sequence owns, gets out 0 and lse -inf.
@@ -162,14 +172,6 @@ class Kernels(Protocol):
         self, source_arena: Tensor, source_pages: Tensor, target_arena: Tensor, target_pages: Tensor
     ) -> None:
         """Copy whole pages between arenas (or columns) of one dtype and page shape; int64 pages [n] each."""
-        ...
-
-    def mark(self, mass: Tensor, marked: Tensor, pages: Tensor, bound: Tensor, position: Tensor) -> None:
-        """Note a position at every slot whose mass of the newest row is at least a bound, and clear the mass.
-
-        `mass` and `marked` are float32 columns [P, size]; `pages` int64 [n] are different pages, of heads whose bound
-        is `bound` float32 [n] and whose newest row is at `position` float32 [n], larger than any noted there before.
-        """
         ...
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -243,8 +245,18 @@ def _check_segment(segment: Segment, num_sequences: int, num_heads: int, shape: 
         )
     if segment.queries is not None and segment.queries.shape != shape:
         raise UsageError(f"a segment's queries {tuple(segment.queries.shape)} must be as the call's {tuple(shape)}")
+    if segment.marks is not None:
+        _check_marks(segment.marks, num_sequences, num_heads)
     if segment.sealed is not None:
         _check_sealed(segment, segment.sealed, lead, head_dim)
+
+
+def _check_marks(marks: Marks, num_sequences: int, num_heads: int) -> None:
+    if marks.bound.shape != (num_sequences, num_heads) or marks.position.shape != (num_sequences,):
+        raise UsageError(
+            f"marks with bounds {tuple(marks.bound.shape)} and positions {tuple(marks.position.shape)} "
+            f"do not fit {num_sequences} sequences, {num_heads} KV heads"
+        )
 
 
 def _check_sealed(segment: Segment, sealed: Sealed, lead: tuple[int, ...], head_dim: int) -> None:

@@ -210,25 +210,6 @@ class CpuKernels(CpuSealing):
             self._threads,
         )
 
-    def mark(self, mass: Tensor, marked: Tensor, pages: Tensor, bound: Tensor, position: Tensor) -> None:
-        """See `Kernels.mark`."""
-        if mass.shape != marked.shape or mass.dtype != torch.float32 or marked.dtype != torch.float32:
-            raise UsageError(f"columns {tuple(mass.shape)} and {tuple(marked.shape)} must be float32 of one shape")
-        if pages.shape != bound.shape or pages.shape != position.shape:
-            raise UsageError(f"{len(pages)} pages need as many bounds and positions, got {len(bound)}, {len(position)}")
-        pages, bound, position = _longs(pages), bound.float().contiguous(), position.float().contiguous()
-        call(
-            _native.mark_pages,
-            address(mass),
-            address(marked),
-            *mass.shape,
-            pages.data_ptr(),
-            bound.data_ptr(),
-            position.data_ptr(),
-            len(pages),
-            self._threads,
-        )
-
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`; torch's own elementwise kernels do it."""
         return ReferenceKernels().rotate(keys, delta, inv_freq, interleaved=interleaved)
@@ -242,7 +223,10 @@ class _Fields:
         whole = segment.whole_blocks
         sealed = None if segment.sealed is None else SealedFields(segment.sealed)
         met = None if segment.queries is None else segment.queries.float().contiguous()
-        self.alive = (tables, lengths, met, sealed)
+        marks = None
+        if segment.marks is not None:
+            marks = [part.float().contiguous() for part in (segment.marks.bound, segment.marks.position)]
+        self.alive = (tables, lengths, met, sealed, marks)
         self.fields = [
             address(segment.keys),
             address(segment.values),
@@ -262,6 +246,7 @@ class _Fields:
             0 if segment.positions is None else address(segment.positions),
             0 if segment.mass is None else address(segment.mass),
             0 if met is None else met.data_ptr(),
+            *((0, 0) if marks is None else (part.data_ptr() for part in marks)),
             *(() if sealed is None else sealed.fields),
         ]
 

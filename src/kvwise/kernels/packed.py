@@ -12,7 +12,7 @@ A packed page is the bytes of its keys, then of its values, each part ending on 
 * Then steps and zeros, float16 ``[lanes // group][2][inner]``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -133,12 +133,14 @@ class PageFormat:
     values: Part
     page_tokens: int
     head_dim: int
+    key_bytes: int = field(init=False, repr=False, compare=False)  # of the keys' part, a multiple of 64
+    value_bytes: int = field(init=False, repr=False, compare=False)  # likewise; both are asked for at every call
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1 or self.head_dim < 1:
             raise UsageError(f"a page needs tokens and channels, got {self.page_tokens} and {self.head_dim}")
-        for part in (self.keys, self.values):
-            part_bytes(part, self.page_tokens, self.head_dim)
+        for name, part in (("key_bytes", self.keys), ("value_bytes", self.values)):
+            object.__setattr__(self, name, part_bytes(part, self.page_tokens, self.head_dim))
         if isinstance(self.values, Plain) and self.values.dim != self.head_dim:
             raise UsageError(f"plain values keep all {self.head_dim} channels, got {self.values.dim}")
         if isinstance(self.keys, Plain) and self.keys.dim > self.head_dim:
@@ -148,16 +150,6 @@ class PageFormat:
     def key_dim(self) -> int:
         """Channels of a key as packed."""
         return self.keys.dim if isinstance(self.keys, Plain) else self.head_dim
-
-    @property
-    def key_bytes(self) -> int:
-        """Bytes of the keys' part, a multiple of 64."""
-        return part_bytes(self.keys, self.page_tokens, self.head_dim)
-
-    @property
-    def value_bytes(self) -> int:
-        """Bytes of the values' part, a multiple of 64."""
-        return part_bytes(self.values, self.page_tokens, self.head_dim)
 
     @property
     def page_bytes(self) -> int:

@@ -68,6 +68,7 @@ class ReferenceKernels(ReferenceSealing):
         for b, (first, last) in enumerate(itertools.pairwise(query_start.tolist())):
             views = [_view(segment, b, num_heads) for segment in segments] if first < last else []
             counted_from = first if mass_rows is None else max(first, last - int(mass_rows[b]))
+            received = [torch.zeros(view.slots.shape, device=queries.device) for view in views]
             for start in range(first, last, ROWS):
                 rows = torch.arange(start, min(start + ROWS, last), device=queries.device)
                 positions = None if query_positions is None else query_positions[rows].long()
@@ -82,8 +83,11 @@ class ReferenceKernels(ReferenceSealing):
                 counted = (rows >= counted_from).float()
                 if mass_fading is not None:
                     counted *= (-mass_fading[rows]).exp()
-                for part, view in zip(probs, views, strict=True):
-                    _add_mass(part, view, counted)
+                received = [
+                    so_far + torch.einsum("hngs,n->hs", p, counted) for so_far, p in zip(received, probs, strict=True)
+                ]
+            for view, mass in zip(views, received, strict=True):
+                _receive(view, mass, b)
         return Attention(out, lse if want_lse else None)
 
     def append(
@@ -132,12 +136,6 @@ class ReferenceKernels(ReferenceSealing):
     ) -> None:
         """See `Kernels.copy_pages`."""
         target_arena.index_copy_(0, target_pages, source_arena.index_select(0, source_pages))
-
-    def mark(self, mass: Tensor, marked: Tensor, pages: Tensor, bound: Tensor, position: Tensor) -> None:
-        """See `Kernels.mark`."""
-        noted = (mass.index_select(0, pages) >= bound[:, None]).float().mul_(position[:, None])
-        marked.index_copy_(0, pages, torch.maximum(noted, marked.index_select(0, pages)))
-        mass.index_fill_(0, pages, 0.0)
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`."""
@@ -221,17 +219,20 @@ def _softmax(logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return total, [torch.exp(part - shift) for part in logits]
 
 
-def _add_mass(probs: Tensor, view: _View, counted: Tensor) -> None:
-    """Add what each slot received from the counted rows; probs [H, n, G, S], counted [n] is what a row counts."""
-    sealed = view.segment.sealed
+def _receive(view: _View, received: Tensor, b: int) -> None:
+    """Add what each slot received, [H, S], to its column, or note who looked at it."""
+    sealed, marks = view.segment.sealed, view.segment.marks
     columns = [(view.segment.mass, view.slots, None if view.in_sealed is None else ~view.in_sealed)]
     if sealed is not None and view.sealed_slots is not None:
         columns.append((sealed.mass, view.sealed_slots, view.in_sealed))
-    if all(mass is None for mass, _, _ in columns):
-        return
-    received = torch.einsum("hngs,n->hs", probs, counted)
     used = torch.arange(received.shape[1], device=received.device) < view.lengths[:, :, 0]
+    if marks is not None:
+        used = used & (received >= marks.bound[b, :, None])
     for mass, slots, mine in columns:
-        if mass is not None:
-            chosen = used if mine is None else used & mine
+        if mass is None:
+            continue
+        chosen = used if mine is None else used & mine
+        if marks is None:
             mass.view(-1).index_add_(0, slots[chosen], received[chosen])
+        else:
+            mass.view(-1)[slots[chosen]] = marks.position[b]

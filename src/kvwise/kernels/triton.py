@@ -182,7 +182,7 @@ class _Call:
 
     def add_mass(self, segment: Segment, lse: Tensor, mass_rows: Tensor | None) -> None:
         """Second pass over the keys of a segment that has columns for it; `lse` is final, over all segments."""
-        sealed = segment.sealed
+        sealed, marks = segment.sealed, segment.marks
         columns = [(False, segment.mass, _open_tokens(segment), BLOCK_KEYS)]
         if sealed is not None:
             page, tile = sealed.arena.format, tile_tokens(sealed.arena)
@@ -197,8 +197,11 @@ class _Call:
             triton_attend.add_mass[(triton.cdiv(most, tile), self.num_heads, self.num_sequences)](
                 mass_rows=self.query_start if mass_rows is None else mass_rows,
                 mass=mass,
+                mark_bounds=lse if marks is None else marks.bound.float().contiguous(),
+                mark_positions=lse if marks is None else marks.position.float().contiguous(),
                 lse=lse,
                 MASS_ROWS=mass_rows is not None,
+                MARKS=marks is not None,
                 PACKED=packed,
                 **given,
             )

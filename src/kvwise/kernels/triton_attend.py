@@ -225,14 +225,15 @@ def merge(
 def add_mass(
     queries, query_start, query_positions, mass_rows, keys, tables, lengths, positions, mass, lse, scale, softcap,
     window, query_stride, query_head_stride, table_stride, table_head_stride, length_stride, length_head_stride,
-    page_stride, page_offset, num_query_heads,
+    page_stride, page_offset, num_query_heads, mark_bounds, mark_positions,
     first_half, second_half, per_half, half_bytes, packed_tables, packed_table_stride, packed_table_head_stride,
     bounds, bound_stride, packed_positions, key_channels,
     GROUP: tl.constexpr, DK: tl.constexpr, DK_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PER_HEAD: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, POSITIONS: tl.constexpr, QUERY_POSITIONS: tl.constexpr,
-    SOFTCAP: tl.constexpr, MASS_ROWS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SEALED: tl.constexpr,
-    PACKED: tl.constexpr, S: tl.constexpr, NP: tl.constexpr, PAGE_BYTES: tl.constexpr, UPPER: tl.constexpr,
-    CHOSEN: tl.constexpr, PACKED_POSITIONS: tl.constexpr, DP: tl.constexpr, DP_PADDED: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASS_ROWS: tl.constexpr, MARKS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    SEALED: tl.constexpr, PACKED: tl.constexpr, S: tl.constexpr, NP: tl.constexpr, PAGE_BYTES: tl.constexpr,
+    UPPER: tl.constexpr, CHOSEN: tl.constexpr, PACKED_POSITIONS: tl.constexpr, DP: tl.constexpr,
+    DP_PADDED: tl.constexpr,
     K_KIND: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_SPLIT: tl.constexpr, K_TYPE: tl.constexpr,
 ):  # fmt: skip
     """What the keys of one tile of one (sequence, KV head) receive from all counted rows, given their final lse.
@@ -296,4 +297,9 @@ def add_mass(
         seen = valid & (final > float("-inf"))
         p = tl.where(seen[:, None], tl.exp(scores - tl.where(seen, final, 0.0)[:, None]), 0.0)
         received += tl.sum(p, 0)
-    tl.atomic_add(mass + slots, received, mask=used)
+    if MARKS:
+        reached = received >= tl.load(mark_bounds + sequence * tl.num_programs(1) + head)
+        noted = tl.zeros_like(received) + tl.load(mark_positions + sequence)
+        tl.store(mass + slots, noted, mask=used & reached)
+    else:
+        tl.atomic_add(mass + slots, received, mask=used)

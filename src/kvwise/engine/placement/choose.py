@@ -122,8 +122,7 @@ def _columns(retention: Retention) -> list[str]:
         return []
     if isinstance(retention, Strided):
         return ["positions", "mass", *retention.columns]
-    received = ["mass"] if retention.needs_mass or retention.marks_rows else []
-    return ["positions", *received, *(["marked"] if retention.marks_rows else [])]
+    return ["positions", *(["mass"] if retention.needs_mass or retention.marks_rows else [])]
 
 
 def _pages(

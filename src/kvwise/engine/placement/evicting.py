@@ -10,7 +10,7 @@ from torch import Tensor
 from kvwise.cache.manager import CacheManager
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.heirs import Folding, Heir
-from kvwise.engine.placement.page_state import UNLIMITED, Counts, Heads, Ints, PageState
+from kvwise.engine.placement.page_state import UNLIMITED, Heads, Ints, PageState
 from kvwise.engine.placement.sealing import Sealer
 from kvwise.engine.placement.settling import PromptKV
 from kvwise.engine.sequence import Sequence as Seq
@@ -19,7 +19,6 @@ from kvwise.methods.retention.base import DecodeView, Kept, Residual, Retention
 from kvwise.tiers.arena import Arena
 
 Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float32]
 
 
 class Evictor:
@@ -33,7 +32,7 @@ class Evictor:
 
     def __init__(
         self, retention: Retention, cache: CacheManager, arena: Arena, kernels: Kernels, state: PageState,
-        sealer: Sealer | None, residual: Residual | None, demoter: Heir | None, group: int,
+        sealer: Sealer | None, residual: Residual | None, demoter: Heir | None,
     ) -> None:  # fmt: skip
         self._retention = retention
         self._cache = cache
@@ -44,7 +43,6 @@ class Evictor:
         self._heirs: list[Heir] = [] if residual is None else [Folding(residual, state.device)]
         self._heirs += [] if demoter is None else [demoter]
         self._demotes = demoter is not None
-        self._group = group  # query heads of a KV head
         self._size = arena.layout.block_size
 
     def leave_prompt(self, row: int, kept: Kept, prompt: PromptKV) -> None:
@@ -61,13 +59,11 @@ class Evictor:
 
     def after_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """The step's tokens are stored and have attended: heads that hold more than they may let somebody go."""
-        rows = _rows(sequences)
-        if self._retention.marks_rows:
-            self._mark(rows, sequences)
         interval = self._retention.sweep_interval
         if interval is not None:
             due = [s for s in sequences if s.num_computed > s.num_prompt and not s.num_computed % interval]
             return self._each(due, self._sweep)
+        rows = _rows(sequences)
         least = 1 if self._sealer is None else np.where(self._sealer.packs_output, self._sealer.page_tokens, 1)
         over: Bools = np.asarray(self._state.used[rows] >= self._state.limit[rows].astype(np.int64) + least)
         late = [s for i, s in enumerate(sequences) if over[i].any()]
@@ -84,31 +80,6 @@ class Evictor:
                 return [(sequences[0], error)]
             return [failure for sequence in sequences for failure in self._each([sequence], act)]
         return []
-
-    def _mark(self, rows: Ints, sequences: Sequence[Seq]) -> None:
-        """Tokens that the new row attends to (at least 1 / number of keys, on average of the group) are marked."""
-        state = self._state
-        bound = (self._group / state.used[rows]).astype(np.float32)
-        position = np.array([s.num_computed - 1 for s in sequences], np.float32)[:, None, None]
-        position = np.broadcast_to(position, bound.shape)
-        index = state.on_device(rows)
-        self._mark_pages(self._arena.columns, state.tables[index], state.num_open[rows], self._size, bound, position)
-        if self._sealer is not None:
-            packed, size = state.packed[index], self._sealer.page_tokens
-            self._mark_pages(self._sealer.columns, packed, state.key_length[rows], size, bound, position)
-
-    def _mark_pages(
-        self, columns: Mapping[str, Tensor], tables: Tensor, held: Counts, size: int, bound: Floats, position: Floats
-    ) -> None:
-        """Mark in the pages that hold `held` [B, L, H] tokens, each page full but the last."""
-        counts = -(-held // size)
-        most = int(counts.max())
-        pages = tables[..., :most]
-        if counts.min() < most:  # else every entry is a page: the common case, without a look at each
-            inside = torch.arange(most, device=tables.device) < self._state.on_device(counts)[..., None]
-            pages = pages[inside]
-        each = [self._state.on_device(np.repeat(part.ravel(), counts.ravel())) for part in (bound, position)]
-        self._kernels.mark(columns["mass"], columns["marked"], pages.flatten().long(), each[0], each[1])
 
     # -- one for one --------------------------------------------------------------------------------------------
 
@@ -339,7 +310,7 @@ class Evictor:
             columns = {name: torch.cat([sealed[name], column], -1) for name, column in columns.items()}
         return DecodeView(
             columns["positions"],
-            columns.get("marked", columns.get("mass")),
+            columns.get("mass"),
             used,
             torch.tensor([s.num_computed for s in sequences], device=state.device),
             state.on_device(state.limit[rows]).long(),

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kvwise.kernels.base import Kernels, Sealed, Segment
+from kvwise.kernels.base import Kernels, Marks, Sealed, Segment
 from kvwise.methods.retention.base import Residual
 from kvwise.tiers.arena import Arena
 
@@ -29,7 +29,8 @@ class PagePart:
 
     `slots` int64 [L, T, H] is where each head puts the new tokens (slots in page space): at the end, or where a victim
     was. `sealed`: each layer's packed pages. `residual`: what stands for tokens that have left, with the sequences'
-    `index` int64 [B]. `further`: what layers read besides their pages, in the same softmax.
+    `index` int64 [B]. `marks`: what each layer notes in its column of mass instead of mass. `further`: what layers read
+    besides their pages, in the same softmax.
     """
 
     rows: slice
@@ -44,6 +45,7 @@ class PagePart:
     mass: bool = False
     sealed: Sequence[Sealed] | None = None
     residual: Residual | None = None
+    marks: Sequence[Marks] | None = None
     further: Further | None = None
 
     def attend(
@@ -62,6 +64,7 @@ class PagePart:
             positions=self.arena.columns["positions"] if window is not None and self._has_positions else None,
             mass=self.arena.columns["mass"] if self.mass and owns else None,
             sealed=None if self.sealed is None else self.sealed[layer],
+            marks=None if self.marks is None else self.marks[layer],
         )
         more = None if self.further is None else self.further.segment(layer, queries, keys)
         segments = [segment] if more is None else [segment, more]

@@ -19,7 +19,7 @@ from kvwise.engine.placement.page_state import UNLIMITED, Counts, PageState
 from kvwise.engine.placement.sealing import Sealer
 from kvwise.engine.placement.settling import Settler, counts_of
 from kvwise.engine.sequence import Sequence as Seq
-from kvwise.kernels.base import Kernels
+from kvwise.kernels.base import Kernels, Marks
 from kvwise.methods.encoding.base import Encoding
 from kvwise.methods.retention.base import Kept, Residual, Retention
 from kvwise.models.attention import Observer
@@ -59,8 +59,8 @@ class PagePlacement:
         self._sealer = None if arena.packed is None else Sealer(encoding, cache, arena, kernels, self._state)
         self._observed = ObservedQueries(self.observed_rows)
         self._settler = Settler(retention, arena, kernels, layers, self._observed)
-        group = layers[0].num_query_heads // layers[0].num_kv_heads
-        self._evictor = Evictor(retention, cache, arena, kernels, self._state, self._sealer, residual, demoter, group)
+        self._group = layers[0].num_query_heads // layers[0].num_kv_heads
+        self._evictor = Evictor(retention, cache, arena, kernels, self._state, self._sealer, residual, demoter)
         self._room = PageRoom(retention, encoding, arena)
         self._attester = PageAttester(
             retention, encoding, cache, arena, self._state, self._sealer, demotes=demoter is not None
@@ -253,7 +253,13 @@ class PagePlacement:
             mass=self._tracks_mass,
             sealed=None if self._sealer is None else self._sealer.segments(held, mass=self._tracks_mass),
             residual=self._residual,
+            marks=self._marks(held, positions) if self._retention.drops and self._retention.marks_rows else None,
         )
+
+    def _marks(self, rows: Pages, positions: Tensor) -> list[Marks]:
+        """Tokens that the new row attends to (at least 1 / number of keys, on average of the group) are marked."""
+        bound = (self._group / self._state.used[rows].swapaxes(0, 1)).astype(np.float32)
+        return [Marks(layer, positions.float()) for layer in self._state.on_device(bound)]
 
     def _start_columns(self, slots: Tensor, positions: Tensor) -> None:
         """A slot that is written anew has its token's position and has received nothing yet."""

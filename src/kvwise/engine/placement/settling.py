@@ -136,10 +136,7 @@ class Settler:
         if kept.mass is not None:
             layer, head, token = kept.mask.nonzero(as_tuple=True)
             slots = self._slots(kept, tables, (layer, head, token))
-            name = "marked" if self._retention.marks_rows else "mass"
-            self._arena.columns[name].view(-1)[slots] = kept.mass[layer, head, token].float()
-            if self._retention.marks_rows:
-                self._arena.columns["mass"].view(-1)[slots] = 0.0
+            self._arena.columns["mass"].view(-1)[slots] = kept.mass[layer, head, token].float()
 
     @property
     def _all_layers(self) -> range:
