@@ -82,7 +82,10 @@ class H2O(Retention):
         assert view.mass is not None
         num_tokens = view.num_tokens[:, None, None, None]
         score = self._score(view.mass, num_tokens - view.positions)
-        return score.masked_fill(view.positions >= num_tokens - view.marks[..., None], torch.inf)
+        older = (num_tokens - view.marks[..., None]).int()
+        # Infinite from position `older` on, 0 before: torch takes three times as long over a mask.
+        latest = (view.positions - older + 1).clamp_(min=0).float().mul_(1e38).mul_(1e38)
+        return torch.maximum(score, latest)
 
     def _score(self, mass: Tensor, num_rows: Tensor) -> Tensor:
         """What tokens are ranked by; `num_rows` (broadcast to the mass) could see each of them."""
