@@ -180,7 +180,8 @@ class Evictor:
             return
         view = self._view(sequences)
         width = self._packed_width(rows)
-        worth = self._worth(view).masked_fill(~view.used, torch.inf)[..., : width * size].unflatten(-1, (width, size))
+        worth = self._worth(view).masked_fill(~view.used, torch.inf)
+        worth = worth[..., : width * size].reshape(*view.used.shape[:-1], width, size)
         whole = torch.arange(width, device=worth.device) < state.on_device(state.value_length[rows] // size)[..., None]
         pages = worth.mean(-1).masked_fill(~whole, torch.inf)
         bound = worth.masked_fill(~(whole & pages.isinf())[..., None], torch.inf).flatten(-2)
@@ -319,15 +320,18 @@ class Evictor:
     def _used(self, rows: Ints) -> tuple[Tensor, tuple[int, int]]:
         """Which slots hold tokens, bool [B, L, H, S], of so many packed and then open pages a head."""
         state = self._state
-        num_open = max(1, int(-(-state.num_open[rows].max() // self._size)))
-        base = state.on_device(state.open_base[rows])[..., None]
-        token = torch.arange(num_open * self._size, dtype=torch.int32, device=state.device) + base
-        used = token < state.on_device(state.used[rows])[..., None]
+        counts = state.num_open[rows]
+        num_open = max(1, int(-(-counts.max() // self._size)))
+        index = torch.arange(num_open * self._size, dtype=torch.int32, device=state.device)
         if self._sealer is None:
-            return used, (0, num_open)
+            same = bool((counts == counts[:, :1, :1]).all())  # what heads of one length have in common is told once
+            used = index < state.on_device(counts[:, :1, :1] if same else counts)[..., None]
+            return used.expand(*counts.shape, -1), (0, num_open)
         width, lengths = self._packed_width(rows), state.on_device(state.key_length[rows])[..., None]
         sealed = torch.arange(width * self._sealer.page_tokens, device=state.device) < lengths
-        return torch.cat([sealed, used & (token >= lengths)], -1), (width, num_open)
+        first = lengths - state.on_device(state.open_base[rows])[..., None]
+        used = (index < state.on_device(counts)[..., None]) & (index >= first)
+        return torch.cat([sealed, used], -1), (width, num_open)
 
     def _num_packed_slots(self, rows: Ints) -> int:
         """Slots of a view that lie in packed pages; open ones follow."""
