@@ -11,7 +11,8 @@
 namespace kvwise {
 namespace {
 
-constexpr int64_t kWorkPerThread = 500'000;  // products, about 15 us: below, a further thread costs more than it takes off
+// Products, about 15 us: below, a further thread costs more to wake and wait for than it takes off.
+constexpr int64_t kWorkPerThread = 500'000;
 
 void check(const char* what, const int64_t* numbers, int64_t n, int64_t limit) {
     for (int64_t i = 0; i < n; ++i) {

@@ -154,8 +154,8 @@ void bind_rows(nb::module_& m) {
                        int64_t n, uintptr_t least, uintptr_t where, int num_threads) {
         const InstructionSet& functions = set_called(set);
         const nb::gil_scoped_release unlocked;
-        lowest_of_rows(functions, {at<const float>(numbers), width, at<const int32_t>(first), at<const int32_t>(stop), n},
-                       at<float>(least), at<int64_t>(where), num_threads);
+        const RankedRows rows{at<const float>(numbers), width, at<const int32_t>(first), at<const int32_t>(stop), n};
+        lowest_of_rows(functions, rows, at<float>(least), at<int64_t>(where), num_threads);
     });
     m.def("append", [](const std::string& set, uintptr_t rows, int64_t token_bytes, int64_t head_bytes, bool narrow,
                        int storage, int64_t dim, uintptr_t arena, int64_t num_slots, int64_t row_bytes,

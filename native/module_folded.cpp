@@ -25,7 +25,8 @@ T* at(uintptr_t address) {
 
 // In the order of `_fields` in kernels/cpu_folded.py.
 Folded folded_of(const std::vector<int64_t>& f) {
-    if (f.size() != kFields) throw std::invalid_argument("a folded state has 16 fields, got " + std::to_string(f.size()));
+    if (f.size() != kFields)
+        throw std::invalid_argument("a folded state has 16 fields, got " + std::to_string(f.size()));
     return {{int32_t(f[0]), int32_t(f[1]), int32_t(f[2])}, f[3], f[4], f[5], f[6], at<float>(f[7]), at<float>(f[8]),
             at<const float>(f[9]), at<const float>(f[10]), at<const float>(f[11]), at<const float>(f[12]),
             at<const float>(f[13]), at<const float>(f[14]), at<const float>(f[15])};
