@@ -17,6 +17,8 @@ using namespace kvwise;
 #include "prefill.inl"
 #include "seal_words.inl"
 #include "seal.inl"
+#include "features.inl"
+#include "lowest.inl"
 #include "xxh3.inl"
 
 #define KVWISE_JOIN_(a, b) a##b
@@ -28,8 +30,9 @@ namespace kvwise {
 
 extern const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET);
 const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET) = {
-    KVWISE_TEXT(KVWISE_SET), ::decode, ::decode_mass, ::prefill,      ::prefill_mass, ::seal,
-    ::seal_row,              ::narrow, ::read_floats, ::copy_stripes, ::last_stripe,
+    KVWISE_TEXT(KVWISE_SET), ::decode,       ::decode_mass, ::prefill,     ::prefill_mass, ::seal,        ::seal_row,
+    ::fold,                  ::merge_folded, ::lowest,      ::narrow,      ::read_floats,  ::copy_stripes,
+    ::last_stripe,
 };
 
 }  // namespace kvwise

@@ -11,6 +11,7 @@
 
 #include "attend.h"
 #include "dispatch.h"
+#include "module_folded.h"
 #include "module_packed.h"
 #include "module_records.h"
 #include "rans.h"
@@ -143,6 +144,13 @@ void bind_rows(nb::module_& m) {
                       {at<char>(target), num_target, page_bytes}, at<const int64_t>(target_pages), n, num_threads);
         },
         Unlocked());
+    m.def("lowest", [](const std::string& set, uintptr_t numbers, int64_t width, uintptr_t first, uintptr_t stop,
+                       int64_t n, uintptr_t least, uintptr_t where, int num_threads) {
+        const InstructionSet& functions = set_called(set);
+        const nb::gil_scoped_release unlocked;
+        const RankedRows rows{at<const float>(numbers), width, at<const int32_t>(first), at<const int32_t>(stop), n};
+        lowest_of_rows(functions, rows, at<float>(least), at<int64_t>(where), num_threads);
+    });
     m.def("append", [](const std::string& set, uintptr_t rows, int64_t token_bytes, int64_t head_bytes, bool narrow,
                        int storage, int64_t dim, uintptr_t arena, int64_t num_slots, int64_t row_bytes,
                        int64_t num_tokens, int64_t num_heads, uintptr_t slots, bool per_head, int64_t block_size,
@@ -196,6 +204,7 @@ NB_MODULE(_native, m) {
     kvwise::bind_attend(m);
     kvwise::bind_rows(m);
     kvwise::bind_packed(m);
+    kvwise::bind_folded(m);
     kvwise::bind_rans(m);
     kvwise::bind_records(m);
 }

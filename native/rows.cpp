@@ -71,6 +71,20 @@ void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& tar
     });
 }
 
+void lowest_of_rows(const InstructionSet& set, const RankedRows& rows, float* least, int64_t* where, int num_threads) {
+    for_runs(rows.n, rows.width * int64_t(sizeof(float)), num_threads, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t first = rows.first[i], stop = rows.stop[i];
+            if (first < 0 || stop > rows.width) {
+                throw std::invalid_argument("slots " + std::to_string(first) + " to " + std::to_string(stop) +
+                                            " lie outside a row of " + std::to_string(rows.width));
+            }
+            set.lowest(rows.numbers + i * rows.width + first, std::max<int64_t>(0, stop - first), least + i, where + i);
+            where[i] += first;
+        }
+    });
+}
+
 void append_rows(const InstructionSet& set, const NewRows& rows, const Arena& arena, const AppendTarget& target,
                  int num_threads) {
     for_runs(target.num_tokens, target.num_heads * arena.row_bytes, num_threads, [&](int64_t from, int64_t to) {

@@ -24,6 +24,17 @@ void move_rows(const Arena& arena, const int64_t* source, const int64_t* target,
 void copy_rows(const Arena& source, const int64_t* source_rows, const Arena& target, const int64_t* target_rows,
                int64_t n, int num_threads);
 
+// Of each of n rows of `width` numbers, the least between first[i] and stop[i] and where in the row it lies first.
+struct RankedRows {
+    const float* numbers;
+    int64_t width;
+    const int32_t* first;
+    const int32_t* stop;
+    int64_t n;
+};
+
+void lowest_of_rows(const InstructionSet& set, const RankedRows& rows, float* least, int64_t* where, int num_threads);
+
 // New rows [T, H, dim] of keys or values and where they go.
 struct NewRows {
     const char* data;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "features.h"
 #include "packed.h"
 
 namespace kvwise {
@@ -159,6 +160,10 @@ struct InstructionSet {
     // Pack all rows of a part, or one row (of values whose rows stand alone).
     void (*seal)(const SealTask&);
     void (*seal_row)(const SealTask&, int64_t row);
+    void (*fold)(const FoldTask&);
+    void (*merge_folded)(const MergeTask&);
+    // The least of n numbers (nan: one is none; infinite: there are none) and the first place it is at.
+    void (*lowest)(const float* numbers, int64_t n, float* least, int64_t* where);
     // Round n float32 values to the storage type.
     void (*narrow)(Storage, const float* source, void* target, int64_t n);
     // Read n floats and nothing else: what memory can deliver at most. Returns their sum.

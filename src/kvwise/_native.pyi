@@ -77,6 +77,18 @@ def copy_pages(
     num_threads: int,
     /,
 ) -> None: ...
+def lowest(
+    instruction_set: str,
+    numbers: int,
+    width: int,
+    first: int,
+    stop: int,
+    n: int,
+    least: int,
+    where: int,
+    num_threads: int,
+    /,
+) -> None: ...
 def append(
     instruction_set: str,
     rows: int,
@@ -95,6 +107,33 @@ def append(
     block_size: int,
     page_stride: int,
     page_offset: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def fold(
+    instruction_set: str,
+    folded: list[int],
+    rows: int,
+    layers: int,
+    heads: int,
+    keys: int,
+    values: int,
+    n: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def merge_folded(
+    instruction_set: str,
+    folded: list[int],
+    layer: int,
+    rows: int,
+    num_rows: int,
+    queries: int,
+    row_stride: int,
+    head_stride: int,
+    out: int,
+    lse: int,
+    merged: int,
     num_threads: int,
     /,
 ) -> None: ...

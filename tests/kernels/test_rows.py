@@ -178,3 +178,36 @@ def test_without_native_kernels_the_reference_runs_and_says_so(
     assert [kernels_for(CPU).name for _ in range(3)] == ["reference"] * 3
     assert len(caplog.records) == 1
     assert "without its native kernels" in caplog.text
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, 37, 416])
+def test_lowest(kernels: Kernels, width: int) -> None:
+    """Few different numbers, so that many are equal: the earliest leaves."""
+    generator = torch.Generator().manual_seed(width)
+    worth = torch.randint(-3, 4, (200, width), generator=generator).float()
+    worth[worth == 3] = torch.inf
+    bounds = torch.randint(width + 1, (2, 200), generator=generator, dtype=torch.int32).sort(0).values
+    least, where = kernels.lowest(worth, bounds[0], bounds[1])
+    for i, (first, stop) in enumerate(bounds.T.tolist()):
+        mine = worth[i, first:stop].tolist()
+        expected = min(mine, default=torch.inf)
+        assert float(least[i]) == expected
+        assert expected == torch.inf or int(where[i]) == first + mine.index(expected)
+
+
+@pytest.mark.parametrize("at", [0, 3, 30, 36])
+def test_lowest_of_what_is_no_number(kernels: Kernels, at: int) -> None:
+    worth = random(2, 37)
+    worth[:, at] = torch.nan
+    bounds = torch.tensor([0, 0]), torch.tensor([at + 1, at])
+    least, _ = kernels.lowest(worth, *bounds)
+    assert bool(least[0].isnan())
+    assert not bool(least[1].isnan())
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_lowest_outside_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="slots 2 to 6 lie outside a row of 5"):
+        kernels_for(CPU, name).lowest(random(1, 5), torch.tensor([2]), torch.tensor([6]))
+    with pytest.raises(UsageError, match="need as many bounds"):
+        kernels_for(CPU, name).lowest(random(1, 5), torch.tensor([2, 3]), torch.tensor([5]))

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from kvwise.core.errors import UsageError
+from kvwise.kernels.folded import FoldedStates
 from kvwise.kernels.packed import PackedArena
 
 
@@ -174,6 +175,14 @@ class Kernels(Protocol):
         """Copy whole pages between arenas (or columns) of one dtype and page shape; int64 pages [n] each."""
         ...
 
+    def lowest(self, worth: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """The least of each ``worth[i, first[i]:stop[i]]`` and the index of the first such: float32 and int64 [n].
+
+        worth: float [n, S]; first, stop: int [n]. Infinite where there is none, nan where any is; the index means
+        nothing then.
+        """
+        ...
+
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """Re-position rotated keys [n, D] by ``delta`` positions int [n]; a new tensor of the same dtype.
 
@@ -207,6 +216,26 @@ class Kernels(Protocol):
 
     def unseal(self, packed: PackedArena, pages: Tensor) -> tuple[Tensor, Tensor]:
         """What pages int64 [n] hold: float32 keys [n, S, channels kept] and values [n, S, D]."""
+        ...
+
+    def fold(
+        self, states: FoldedStates, rows: Tensor, layers: Tensor, heads: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Tokens leave: `psi(k)^T v` is added to H and `psi(k)` to z of their (row, layer, head) triples.
+
+        rows, layers, heads int64 [n], triples may repeat; keys (rotated) and values [n, D]. Native kernels raise
+        UsageError on what is outside the states.
+        """
+        ...
+
+    def merge_folded(
+        self, states: FoldedStates, layer: int, rows: Tensor, queries: Tensor, out: Tensor, lse: Tensor
+    ) -> Tensor:
+        """One softmax over what stays and what has left: `(e^lse out + phi H) / (e^lse + phi z)`, in out's dtype.
+
+        B requests in rows int64 [B] have attended to what stays: queries and out [B, Hq, D], lse float32 [B, Hq].
+        Where nothing has left it is `out`, to the bit.
+        """
         ...
 
 

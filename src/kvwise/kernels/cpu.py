@@ -8,7 +8,8 @@ from torch import Tensor
 from kvwise import _native
 from kvwise.core.errors import UsageError
 from kvwise.kernels.base import Attention, Segment, check_attend
-from kvwise.kernels.cpu_sealed import STORAGE, CpuSealing, SealedFields, address, call
+from kvwise.kernels.cpu_folded import CpuFolding
+from kvwise.kernels.cpu_sealed import STORAGE, SealedFields, address, call
 from kvwise.kernels.reference import ReferenceKernels
 
 
@@ -17,7 +18,7 @@ def instruction_sets() -> list[str]:
     return _native.instruction_sets()
 
 
-class CpuKernels(CpuSealing):
+class CpuKernels(CpuFolding):
     """C++ kernels for one instruction set; float32 sums for every storage dtype. See `kvwise.kernels.base.Kernels`.
 
     They use `num_threads` threads; None: as many as torch does at the time of the call.
@@ -209,6 +210,27 @@ class CpuKernels(CpuSealing):
             len(source_pages),
             self._threads,
         )
+
+    def lowest(self, worth: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels.lowest`."""
+        n, width = worth.shape
+        if first.shape != (n,) or stop.shape != (n,):
+            raise UsageError(f"{n} rows need as many bounds, got {tuple(first.shape)} and {tuple(stop.shape)}")
+        worth, first, stop = worth.float().contiguous(), _ints(first), _ints(stop)
+        least, where = torch.empty(n), torch.empty(n, dtype=torch.int64)
+        call(
+            _native.lowest,
+            self._instruction_set,
+            worth.data_ptr(),
+            width,
+            first.data_ptr(),
+            stop.data_ptr(),
+            n,
+            least.data_ptr(),
+            where.data_ptr(),
+            self._threads,
+        )
+        return least, where
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`; torch's own elementwise kernels do it."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvwise.kernels.base import Attention, Segment, check_attend
+from kvwise.kernels.reference_folded import ReferenceFolding
 from kvwise.kernels.reference_sealed import ReferenceSealing, sealed_rows
 
 # Query rows handled at once: the logits held are ROWS x keys, so that a long prompt needs no T x T matrix here either.
@@ -41,7 +42,7 @@ class _Look:
     softcap: float | None
 
 
-class ReferenceKernels(ReferenceSealing):
+class ReferenceKernels(ReferenceSealing, ReferenceFolding):
     """Plain torch kernels; see `kvwise.kernels.base.Kernels` for what each must do."""
 
     name = "reference"
@@ -136,6 +137,13 @@ class ReferenceKernels(ReferenceSealing):
     ) -> None:
         """See `Kernels.copy_pages`."""
         target_arena.index_copy_(0, target_pages, source_arena.index_select(0, source_pages))
+
+    def lowest(self, worth: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels.lowest`."""
+        index = torch.arange(worth.shape[1], device=worth.device)
+        inside = (index >= first[:, None]) & (index < stop[:, None])
+        least, where = worth.float().masked_fill(~inside, torch.inf).min(1)
+        return least, where
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`."""

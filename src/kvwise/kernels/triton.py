@@ -29,7 +29,7 @@ PART_KEYS = 256  # keys of a part at least, or merging costs more than it saves
 
 
 class TritonKernels(TritonSealing, ReferenceKernels):
-    """Triton's attend and sealing; rows and open pages move by torch's own indexing kernels.
+    """Triton's attend and sealing; rows and open pages move, and tokens fold, by torch's own kernels.
 
     Packed pages are read as they lie, whatever the number of queries; but every 16 or 32 (query, head) rows read them
     anew, so a long prefill over packed pages costs that many conversions. Few rows over many keys are split into parts

@@ -132,7 +132,7 @@ def _pages(
     layout = arena.layout
     shape = ResidualShape(
         config.max_num_seqs, layout.num_layers, loaded.num_query_heads, layout.num_kv_heads, layout.head_dim,
-        loaded.device, loaded.name, loaded.folder,
+        loaded.device, loaded.name, loaded.folder, kernels,
     )  # fmt: skip
     residual = retention.residual(shape) if retention.drops else None
     layers = [loaded.layers[layer] for layer in layout.layers.stored]

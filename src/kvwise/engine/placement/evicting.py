@@ -89,7 +89,7 @@ class Evictor:
         over = state.used[rows] > state.most[rows]
         if not over.any():
             return
-        lowest, victims = self._worth(self._view(sequences))[..., self._num_packed_slots(rows) :].min(-1)
+        lowest, victims = self._least_worth(sequences)
         stays = over & ~(lowest < torch.inf).cpu().numpy()  # also where a worth is no number
         if stays.any() and self._sealer is None:
             raise ValueError(f"{self._retention.name} lets no token go in a head that is over its limit")
@@ -101,6 +101,15 @@ class Evictor:
         self._leave(rows, over, victims)
         for sequence, count in zip(sequences, over.sum((1, 2)).tolist(), strict=True):
             self._attest(sequence, count)
+
+    def _least_worth(self, sequences: Sequence[Seq]) -> tuple[Tensor, Tensor]:
+        """The least that an open token of each head [B, L, H] is worth, and the open slot of the first such."""
+        rows, state = _rows(sequences), self._state
+        worth = self._worth(self._view(sequences))[..., self._num_packed_slots(rows) :]
+        bounds = ((part[rows] - state.open_base[rows]).ravel() for part in (state.key_length, state.used))
+        found = self._kernels.lowest(worth.flatten(0, 2), *(state.on_device(part) for part in bounds))
+        lowest, victims = (part.view(worth.shape[:3]) for part in found)
+        return lowest, victims
 
     def _leave(self, rows: Ints, over: Bools, victims: Tensor) -> None:
         if not self._heirs:
@@ -142,7 +151,8 @@ class Evictor:
             return
         view = self._view(sequences)
         width = self._packed_width(rows)
-        worth = self._worth(view)[..., : width * size].reshape(*view.used.shape[:-1], width, size)
+        worth = self._worth(view).masked_fill(~view.used, torch.inf)
+        worth = worth[..., : width * size].reshape(*view.used.shape[:-1], width, size)
         whole = torch.arange(width, device=worth.device) < state.on_device(state.value_length[rows] // size)[..., None]
         pages = worth.mean(-1).masked_fill(~whole, torch.inf)
         bound = worth.masked_fill(~(whole & pages.isinf())[..., None], torch.inf).flatten(-2)
@@ -276,20 +286,23 @@ class Evictor:
             raise ValueError(
                 f"{self._retention.name} told the worth of slots as {tuple(worth.shape)}, not {tuple(view.used.shape)}"
             )
-        return worth.masked_fill(~view.used, torch.inf)
+        return worth
 
     def _used(self, rows: Ints) -> tuple[Tensor, tuple[int, int]]:
         """Which slots hold tokens, bool [B, L, H, S], of so many packed and then open pages a head."""
         state = self._state
-        num_open = max(1, int(-(-state.num_open[rows].max() // self._size)))
-        base = state.on_device(state.open_base[rows])[..., None]
-        token = torch.arange(num_open * self._size, dtype=torch.int32, device=state.device) + base
-        used = token < state.on_device(state.used[rows])[..., None]
+        counts = state.num_open[rows]
+        num_open = max(1, int(-(-counts.max() // self._size)))
+        index = torch.arange(num_open * self._size, dtype=torch.int32, device=state.device)
         if self._sealer is None:
-            return used, (0, num_open)
+            same = bool((counts == counts[:, :1, :1]).all())  # what heads of one length have in common is told once
+            used = index < state.on_device(counts[:, :1, :1] if same else counts)[..., None]
+            return used.expand(*counts.shape, -1), (0, num_open)
         width, lengths = self._packed_width(rows), state.on_device(state.key_length[rows])[..., None]
         sealed = torch.arange(width * self._sealer.page_tokens, device=state.device) < lengths
-        return torch.cat([sealed, used & (token >= lengths)], -1), (width, num_open)
+        first = lengths - state.on_device(state.open_base[rows])[..., None]
+        used = (index < state.on_device(counts)[..., None]) & (index >= first)
+        return torch.cat([sealed, used], -1), (width, num_open)
 
     def _num_packed_slots(self, rows: Ints) -> int:
         """Slots of a view that lie in packed pages; open ones follow."""

@@ -35,4 +35,4 @@ class Folding:
     def take(self, heads: Heads, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Fold."""
         rows, layers, places = (torch.from_numpy(part).to(self._device) for part in heads.place)
-        self._residual.fold(rows, layers, places, keys.float(), values.float())
+        self._residual.fold(rows, layers, places, keys, values)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from kvwise.kernels.base import Kernels
+
 Spans = tuple[tuple[int, int], ...]  # (first, stop) positions of image tokens
 
 
@@ -107,6 +109,7 @@ class ResidualShape:
     device: torch.device
     model: str
     folder: Path | None
+    kernels: Kernels | None = None  # that fold and merge; None: the reference's
 
 
 class Residual(ABC):

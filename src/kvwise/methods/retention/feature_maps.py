@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.functional import gelu
 
 from kvwise.core.errors import UsageError
+from kvwise.kernels.folded import Maps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,39 +24,8 @@ START = 1e-4  # of both scales: so small that a residual that nobody trained add
 
 
 @dataclass(frozen=True, slots=True)
-class FeatureMaps:
-    """phi of queries, by query head, and psi of keys, by KV head (LESS, arXiv 2402.09398), float32.
-
-    `phi(q) = |gelu(gelu(q A) B)|`, and with `y = |d| gelu(gelu(k A) B)`, `psi(k) = |y + (y I) e|`, so that
-    `phi(q) . psi(k)` is like `exp(logit)`. The paper's models have as many KV heads as query heads; where query
-    heads share a KV head, each has a phi of its own, and what it meets is folded once.
-    """
-
-    query_in: Tensor  # A [L, Hq, D, hidden]
-    query_out: Tensor  # B [L, Hq, hidden, R]
-    key_in: Tensor  # A [L, H, D, hidden]
-    key_out: Tensor  # B [L, H, hidden, R]
-    scale: Tensor  # d [L, H, 1, R]
-    interaction: Tensor  # I [L, H, R, R]
-    interaction_scale: Tensor  # e [L, H, 1, R]
-
-    def phi(self, layer: int, queries: Tensor) -> Tensor:
-        """Features [Hq, n, R] of queries [Hq, n, D]."""
-        return gelu(gelu(queries @ self.query_in[layer]) @ self.query_out[layer]).abs()
-
-    def psi(self, heads: Tensor, keys: Tensor) -> Tensor:
-        """Features [K, n, R] of rotated keys [K, n, D]; heads int64 [K], ascending, counts through all layers."""
-        first, last = int(heads[0]), int(heads[-1])
-        # A run of heads, as a layer's or all of them, is read where it lies.
-        which = slice(first, last + 1) if last - first + 1 == len(heads) else heads
-        hidden = gelu(keys @ self.key_in.flatten(0, 1)[which])
-        y = self.scale.flatten(0, 1)[which].abs() * gelu(hidden @ self.key_out.flatten(0, 1)[which])
-        crossed = y @ self.interaction.flatten(0, 1)[which]
-        return (y + crossed * self.interaction_scale.flatten(0, 1)[which]).abs()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+class FeatureMaps(Maps):
+    """Maps that come from a file, or from nothing, and go to one."""
 
     def to(self, device: torch.device) -> FeatureMaps:
         """The same on `device`."""

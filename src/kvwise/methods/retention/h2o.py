@@ -14,6 +14,8 @@ from kvwise.methods.retention.budgets import HEADS, LAYERS, each_head
 if TYPE_CHECKING:
     from torch import Tensor
 
+_INFINITE = 0x7F800000  # as the bits of a float32
+
 
 @dataclass(frozen=True)
 class H2O(Retention):
@@ -72,7 +74,7 @@ class H2O(Retention):
         if view.num_tokens <= view.capacity:
             return Kept(kept, torch.full(view.shape, view.capacity, dtype=torch.int32, device=kept.device), marks=marks)
         older = view.num_tokens - recent
-        score = self._score(view.mass, view.num_tokens - view.positions)[..., :older]
+        score = self._score(view.mass, view.positions, view.num_tokens)[..., :older]
         num_heavy = LAYERS[self.layers](view.capacity - recent, view.num_prompt - recent, view.shape[0])
         kept[..., :older] = HEADS[self.heads](score, num_heavy)
         return Kept(kept, kept.sum(-1, dtype=torch.int32), marks=marks)
@@ -81,9 +83,12 @@ class H2O(Retention):
         """The mass; the latest, as many as the marks say, must stay."""
         assert view.mass is not None
         num_tokens = view.num_tokens[:, None, None, None]
-        score = self._score(view.mass, num_tokens - view.positions)
-        return score.masked_fill(view.positions >= num_tokens - view.marks[..., None], torch.inf)
+        score = self._score(view.mass, view.positions, num_tokens)
+        last_older = (num_tokens - view.marks[..., None]).int() - 1
+        # Infinite behind that position, 0 up to it, made of bits: torch takes several times as long over a mask.
+        latest = (view.positions - last_older).clamp_(0, 1).mul_(_INFINITE).view(torch.float32)
+        return score + latest
 
-    def _score(self, mass: Tensor, num_rows: Tensor) -> Tensor:
-        """What tokens are ranked by; `num_rows` (broadcast to the mass) could see each of them."""
-        return mass / num_rows if self.normalised else mass
+    def _score(self, mass: Tensor, positions: Tensor, num_tokens: Tensor | int) -> Tensor:
+        """What tokens are ranked by; as many rows could see each as tokens have come since, itself included."""
+        return mass / (num_tokens - positions) if self.normalised else mass
