@@ -220,6 +220,61 @@ inline Ahead ahead_of(const Shape& shape, const SegmentView& segment, const Tile
     return ahead;
 }
 
+// A tile, whose it is and what the queries see of that.
+struct Place {
+    const SegmentView* segment = nullptr;
+    Sight sights[kMaxDecodeRows];
+    Tile tile;
+};
+
+// The tiles of a task that some row can see, over all its segments.
+class TileWalk {
+  public:
+    explicit TileWalk(const DecodeTask& task) : task_(task), open_keys_(decode_tile_keys(*task.shape)) {}
+
+    // False behind the last one: `place` has an empty tile then, of the segment before.
+    bool next(Place& place) {
+        while (at_ >= to_) {
+            if (number_ + 1 >= task_.num_segments) {
+                place.segment = segment_ ? segment_ : task_.segments;
+                place.tile.count = place.tile.num_spans = 0;
+                place.tile.packed_keys = place.tile.packed_values = nullptr;
+                return false;
+            }
+            enter(++number_);
+        }
+        place.segment = segment_;
+        for (int32_t i = 0; i < task_.queries.num_queries; ++i) place.sights[i] = sights_[i];
+        // Codes are short: their tiles may be the largest there are.
+        cut_tile(*segment_, at_, to_, at_ < segment_->value_length ? kDecodeTile : open_keys_, place.tile);
+        at_ += place.tile.count;
+        return true;
+    }
+
+  private:
+    const DecodeTask& task_;
+    const int32_t open_keys_;
+    const SegmentView* segment_ = nullptr;
+    int32_t number_ = -1;
+    int64_t joined_ = 0;  // index of the next segment's first slot among all segments
+    int64_t at_ = 0, to_ = 0;
+    Sight sights_[kMaxDecodeRows];
+
+    void enter(int32_t number) {
+        segment_ = &task_.segments[number];
+        const int64_t from = task_.from - joined_, to = task_.to - joined_;
+        joined_ += segment_->length;
+        int64_t lo = segment_->length, hi = 0;
+        for (int32_t i = 0; i < task_.queries.num_queries; ++i) {
+            sights_[i] = sight_of(*task_.shape, *segment_, task_.queries, i);
+            lo = sights_[i].lo < lo ? sights_[i].lo : lo;
+            hi = sights_[i].hi > hi ? sights_[i].hi : hi;
+        }
+        at_ = from > lo ? from : lo;
+        to_ = to < hi ? to : hi;
+    }
+};
+
 // What decode keeps while it walks the tiles.
 struct Decoder {
     const DecodeTask& task;
@@ -330,19 +385,21 @@ struct Decoder {
     }
 
     // One tile: scores, softmax, values. `next` is fetched meanwhile.
-    void visit(const SegmentView& segment, const Sight* sights, const Tile& tile, const Tile& next) {
+    void visit(const Place& place, const Place& next) {
         const Shape& shape = *task.shape;
+        const SegmentView& segment = *place.segment;
+        const Tile& tile = place.tile;
         constexpr int64_t stride = kDecodeTile;
         float* kept = task.probabilities ? task.probabilities + tile_index * rows * stride : nullptr;
         Ahead fetch_values = ahead_of(shape, segment, tile, false);
-        Ahead fetch_keys = ahead_of(shape, segment, next, true);
+        Ahead fetch_keys = ahead_of(shape, *next.segment, next.tile, true);
         float alpha[kMaxDecodeRows];
         constexpr int64_t score_stride = kDecodeTile + kDecodeSlack;
         float* scores = task.scratch;
         scale_queries(segment);
         score(segment, tile, fetch_values, scores, score_stride);
         for (int32_t r = 0; r < rows; ++r) {
-            hide_keys(shape, segment, tile, sights[r / shape.group], scores + r * score_stride);
+            hide_keys(shape, segment, tile, place.sights[r / shape.group], scores + r * score_stride);
             alpha[r] = online_softmax(shape.softcap, tile.count, scores + r * score_stride, task.result.maximum[r],
                                       task.result.sum[r]);
         }
@@ -357,44 +414,21 @@ struct Decoder {
     }
 };
 
-// Calls visit(segment, sights, tile, next tile) for every tile of the task that some row can see.
+// Calls visit(place, next place) for every tile of the task; memory of the next can be asked for meanwhile.
 template <class Visit>
 void walk_tiles(const DecodeTask& task, Visit visit) {
-    int64_t joined = 0;  // index of the segment's first slot among all segments
-    for (int32_t s = 0; s < task.num_segments; ++s) {
-        const SegmentView& segment = task.segments[s];
-        int64_t from = task.from - joined, to = task.to - joined;
-        joined += segment.length;
-        Sight sights[kMaxDecodeRows];
-        int64_t lo = segment.length, hi = 0;
-        for (int32_t i = 0; i < task.queries.num_queries; ++i) {
-            sights[i] = sight_of(*task.shape, segment, task.queries, i);
-            lo = sights[i].lo < lo ? sights[i].lo : lo;
-            hi = sights[i].hi > hi ? sights[i].hi : hi;
-        }
-        from = from > lo ? from : lo;
-        to = to < hi ? to : hi;
-        if (from >= to) continue;
-        Tile tiles[2];
-        int current = 0;
-        const int32_t open_keys = decode_tile_keys(*task.shape);
-        // Codes are short: their tiles may be the largest there are.
-        const auto most = [&](int64_t at) { return at < segment.value_length ? kDecodeTile : open_keys; };
-        cut_tile(segment, from, to, most(from), tiles[0]);
-        for (int64_t at = from; at < to;) {
-            at += tiles[current].count;
-            cut_tile(segment, at, to > at ? to : at, most(at), tiles[1 - current]);
-            visit(segment, sights, tiles[current], tiles[1 - current]);
-            current = 1 - current;
-        }
+    TileWalk walk(task);
+    Place places[2];
+    int current = 0;
+    for (bool more = walk.next(places[0]); more; current = 1 - current) {
+        more = walk.next(places[1 - current]);
+        visit(places[current], places[1 - current]);
     }
 }
 
 void decode(const DecodeTask& task) {
     Decoder decoder(task);
-    walk_tiles(task, [&](const SegmentView& segment, const Sight* sights, const Tile& tile, const Tile& next) {
-        decoder.visit(segment, sights, tile, next);
-    });
+    walk_tiles(task, [&](const Place& place, const Place& next) { decoder.visit(place, next); });
 }
 
 // One walk over the kept probabilities: no key is read again.
@@ -402,14 +436,15 @@ void decode_mass(const DecodeMassTask& mass) {
     const DecodeTask& task = *mass.decode;
     const int32_t rows = task.queries.num_queries * task.shape->group;
     int64_t tile_index = 0;
-    walk_tiles(task, [&](const SegmentView& segment, const Sight*, const Tile& tile, const Tile& next) {
+    walk_tiles(task, [&](const Place& place, const Place& next) {
+        const Tile& tile = place.tile;
         const float* kept = task.probabilities + tile_index * rows * kDecodeTile;
         const float* maximum = task.tile_maximum + tile_index * rows;
         ++tile_index;
-        float* masses = mass_of(segment, tile);
-        if (float* later = mass_of(segment, next)) {
-            for (int32_t s = 0; s < next.num_key_slots(); ++s)
-                __builtin_prefetch(later + next.key_slots()[s].slot, 1, 3);
+        float* masses = mass_of(*place.segment, tile);
+        if (float* later = mass_of(*next.segment, next.tile)) {
+            for (int32_t s = 0; s < next.tile.num_key_slots(); ++s)
+                __builtin_prefetch(later + next.tile.key_slots()[s].slot, 1, 3);
         }
         if (!masses) return;
         Vec received[kDecodeTile / Vec::kLanes];
