@@ -230,6 +230,61 @@ __attribute__((always_inline)) inline void fetch_mass(const SegmentView& segment
     }
 }
 
+// A tile, whose it is and what the queries see of that.
+struct Place {
+    const SegmentView* segment = nullptr;
+    Sight sights[kMaxDecodeRows];
+    Tile tile;
+};
+
+// The tiles of a task that some row can see, over all its segments.
+class TileWalk {
+  public:
+    explicit TileWalk(const DecodeTask& task) : task_(task), open_keys_(decode_tile_keys(*task.shape)) {}
+
+    // False behind the last one: `place` has an empty tile then, of the segment before.
+    bool next(Place& place) {
+        while (at_ >= to_) {
+            if (number_ + 1 >= task_.num_segments) {
+                place.segment = segment_ ? segment_ : task_.segments;
+                place.tile.count = place.tile.num_spans = 0;
+                place.tile.packed_keys = place.tile.packed_values = nullptr;
+                return false;
+            }
+            enter(++number_);
+        }
+        place.segment = segment_;
+        for (int32_t i = 0; i < task_.queries.num_queries; ++i) place.sights[i] = sights_[i];
+        // Codes are short: their tiles may be the largest there are.
+        cut_tile(*segment_, at_, to_, at_ < segment_->value_length ? kDecodeTile : open_keys_, place.tile);
+        at_ += place.tile.count;
+        return true;
+    }
+
+  private:
+    const DecodeTask& task_;
+    const int32_t open_keys_;
+    const SegmentView* segment_ = nullptr;
+    int32_t number_ = -1;
+    int64_t joined_ = 0;  // index of the next segment's first slot among all segments
+    int64_t at_ = 0, to_ = 0;
+    Sight sights_[kMaxDecodeRows];
+
+    void enter(int32_t number) {
+        segment_ = &task_.segments[number];
+        const int64_t from = task_.from - joined_, to = task_.to - joined_;
+        joined_ += segment_->length;
+        int64_t lo = segment_->length, hi = 0;
+        for (int32_t i = 0; i < task_.queries.num_queries; ++i) {
+            sights_[i] = sight_of(*task_.shape, *segment_, task_.queries, i);
+            lo = sights_[i].lo < lo ? sights_[i].lo : lo;
+            hi = sights_[i].hi > hi ? sights_[i].hi : hi;
+        }
+        at_ = from > lo ? from : lo;
+        to_ = to < hi ? to : hi;
+    }
+};
+
 // What decode keeps while it walks the tiles.
 struct Decoder {
     const DecodeTask& task;
@@ -340,19 +395,21 @@ struct Decoder {
     }
 
     // One tile: scores, softmax, values. `next` is fetched meanwhile.
-    void visit(const SegmentView& segment, const Sight* sights, const Tile& tile, const Tile& next) {
+    void visit(const Place& place, const Place& next) {
         const Shape& shape = *task.shape;
+        const SegmentView& segment = *place.segment;
+        const Tile& tile = place.tile;
         constexpr int64_t stride = kDecodeTile;
         float* kept = task.probabilities ? task.probabilities + tile_index * rows * stride : nullptr;
         Ahead fetch_values = ahead_of(shape, segment, tile, false);
-        Ahead fetch_keys = ahead_of(shape, segment, next, true);
+        Ahead fetch_keys = ahead_of(shape, *next.segment, next.tile, true);
         float alpha[kMaxDecodeRows];
         constexpr int64_t score_stride = kDecodeTile + kDecodeSlack;
         float* scores = task.scratch;
         scale_queries(segment);
         score(segment, tile, fetch_values, scores, score_stride);
         for (int32_t r = 0; r < rows; ++r) {
-            hide_keys(shape, segment, tile, sights[r / shape.group], scores + r * score_stride);
+            hide_keys(shape, segment, tile, place.sights[r / shape.group], scores + r * score_stride);
             alpha[r] = online_softmax(shape.softcap, tile.count, scores + r * score_stride, task.result.maximum[r],
                                       task.result.sum[r]);
         }
@@ -363,49 +420,26 @@ struct Decoder {
             }
         }
         ++tile_index;
-        if (kept) fetch_mass(segment, next);
+        if (kept) fetch_mass(*next.segment, next.tile);
         add(segment, tile, fetch_keys, scores, score_stride, alpha);
     }
 };
 
-// Calls visit(segment, sights, tile, next tile) for every tile of the task that some row can see.
+// Calls visit(place, next place) for every tile of the task; memory of the next can be asked for meanwhile.
 template <class Visit>
 void walk_tiles(const DecodeTask& task, Visit visit) {
-    int64_t joined = 0;  // index of the segment's first slot among all segments
-    for (int32_t s = 0; s < task.num_segments; ++s) {
-        const SegmentView& segment = task.segments[s];
-        int64_t from = task.from - joined, to = task.to - joined;
-        joined += segment.length;
-        Sight sights[kMaxDecodeRows];
-        int64_t lo = segment.length, hi = 0;
-        for (int32_t i = 0; i < task.queries.num_queries; ++i) {
-            sights[i] = sight_of(*task.shape, segment, task.queries, i);
-            lo = sights[i].lo < lo ? sights[i].lo : lo;
-            hi = sights[i].hi > hi ? sights[i].hi : hi;
-        }
-        from = from > lo ? from : lo;
-        to = to < hi ? to : hi;
-        if (from >= to) continue;
-        Tile tiles[2];
-        int current = 0;
-        const int32_t open_keys = decode_tile_keys(*task.shape);
-        // Codes are short: their tiles may be the largest there are.
-        const auto most = [&](int64_t at) { return at < segment.value_length ? kDecodeTile : open_keys; };
-        cut_tile(segment, from, to, most(from), tiles[0]);
-        for (int64_t at = from; at < to;) {
-            at += tiles[current].count;
-            cut_tile(segment, at, to > at ? to : at, most(at), tiles[1 - current]);
-            visit(segment, sights, tiles[current], tiles[1 - current]);
-            current = 1 - current;
-        }
+    TileWalk walk(task);
+    Place places[2];
+    int current = 0;
+    for (bool more = walk.next(places[0]); more; current = 1 - current) {
+        more = walk.next(places[1 - current]);
+        visit(places[current], places[1 - current]);
     }
 }
 
 void decode(const DecodeTask& task) {
     Decoder decoder(task);
-    walk_tiles(task, [&](const SegmentView& segment, const Sight* sights, const Tile& tile, const Tile& next) {
-        decoder.visit(segment, sights, tile, next);
-    });
+    walk_tiles(task, [&](const Place& place, const Place& next) { decoder.visit(place, next); });
 }
 
 // n neighbouring keys were given so much: it is added to their column, or the position noted where it is enough.
@@ -430,12 +464,13 @@ void decode_mass(const DecodeMassTask& mass) {
     const DecodeTask& task = *mass.decode;
     const int32_t rows = task.queries.num_queries * task.shape->group;
     int64_t tile_index = 0;
-    walk_tiles(task, [&](const SegmentView& segment, const Sight*, const Tile& tile, const Tile& next) {
+    walk_tiles(task, [&](const Place& place, const Place& next) {
+        const Tile& tile = place.tile;
         const float* kept = task.probabilities + tile_index * rows * kDecodeTile;
         const float* maximum = task.tile_maximum + tile_index * rows;
         ++tile_index;
-        float* masses = mass_of(segment, tile);
-        fetch_mass(segment, next);  // a split's parts are walked long after they were decoded
+        float* masses = mass_of(*place.segment, tile);
+        fetch_mass(*next.segment, next.tile);  // a split's parts are walked long after they were decoded
         if (!masses) return;
         Vec received[kDecodeTile / Vec::kLanes];
         for (Vec& v : received) v = zero();
@@ -450,7 +485,7 @@ void decode_mass(const DecodeMassTask& mass) {
         for (int i = 0; i < kDecodeTile / Vec::kLanes; ++i) store(sums + i * Vec::kLanes, received[i]);
         const float* given = sums;
         for (int32_t s = 0; s < tile.num_key_slots(); given += tile.key_slots()[s++].count)
-            receive(segment, given, tile.key_slots()[s].count, masses + tile.key_slots()[s].slot);
+            receive(*place.segment, given, tile.key_slots()[s].count, masses + tile.key_slots()[s].slot);
     });
 }
 

@@ -34,13 +34,13 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-constexpr size_t kSegmentFields = 20, kSealedFields = kPackedFields + 13;
+constexpr size_t kSegmentFields = 24, kSealedFields = kPackedFields + 13;
 
 // Fields of a segment in the order of `_Fields` in kernels/cpu.py and, behind them, of its packed pages in that of
 // `sealed_fields` in kernels/cpu_sealed.py; one flat list is the cheapest thing to pass.
 Segment segment_of(const std::vector<int64_t>& f) {
     if (f.size() != kSegmentFields && f.size() != kSegmentFields + kSealedFields)
-        throw std::invalid_argument("a segment has 20 fields or, sealed, 54; got " + std::to_string(f.size()));
+        throw std::invalid_argument("a segment has 24 fields or, sealed, 58; got " + std::to_string(f.size()));
     Segment s{};
     s.keys = at<const void>(f[0]);
     s.values = at<const void>(f[1]);
@@ -81,6 +81,17 @@ Segment segment_of(const std::vector<int64_t>& f) {
     return s;
 }
 
+// The fields may be those of a stack: f[20] segments that differ in tables, lengths and queries.
+void add_segments(const std::vector<int64_t>& f, std::vector<Segment>& all) {
+    const Segment first = segment_of(f);
+    for (int64_t i = 0; i < f[20]; ++i) {
+        all.push_back(first);
+        all.back().tables += i * f[21];
+        all.back().lengths += i * f[22];
+        if (first.queries) all.back().queries += i * f[23];
+    }
+}
+
 void bind_attend(nb::module_& m) {
     nb::class_<Workspace>(m, "Workspace").def(nb::init<>());
     m.def("attend", [](Workspace& workspace, const std::string& set, int storage, int num_heads, int group, int key_dim,
@@ -105,7 +116,7 @@ void bind_attend(nb::module_& m) {
         call.lse = at<float>(lse);
         call.num_threads = num_threads;
         std::vector<Segment> all;
-        for (const auto& fields : segments) all.push_back(segment_of(fields));
+        for (const auto& fields : segments) add_segments(fields, all);
         const InstructionSet& functions = set_called(set);
         const nb::gil_scoped_release unlocked;
         attend(workspace, functions, call, all);
@@ -151,6 +162,15 @@ void bind_rows(nb::module_& m) {
         const RankedRows rows{at<const float>(numbers), width, at<const int32_t>(first), at<const int32_t>(stop), n};
         lowest_of_rows(functions, rows, at<float>(least), at<int64_t>(where), num_threads);
     });
+    m.def(
+        "turn_rows",
+        [](uintptr_t rows, int64_t num_rows, int64_t dim, uintptr_t cos, uintptr_t sin, int64_t num_angles,
+           int64_t half, bool interleaved, uintptr_t which, int64_t n, uintptr_t out, int num_threads) {
+            turn_rows({at<const float>(rows), num_rows, dim},
+                      {at<const float>(cos), at<const float>(sin), num_angles, half, interleaved},
+                      at<const int64_t>(which), n, at<float>(out), num_threads);
+        },
+        Unlocked());
     m.def("append", [](const std::string& set, uintptr_t rows, int64_t token_bytes, int64_t head_bytes, bool narrow,
                        int storage, int64_t dim, uintptr_t arena, int64_t num_slots, int64_t row_bytes,
                        int64_t num_tokens, int64_t num_heads, uintptr_t slots, bool per_head, int64_t block_size,

@@ -29,6 +29,16 @@ __attribute__((always_inline)) inline void prefetch_row(const Arena& arena, int6
     for (int64_t i = 0; i < std::min<int64_t>(arena.row_bytes, 1024); i += 64) __builtin_prefetch(row + i);
 }
 
+// The pairs' first members lie `step` apart, the second ones `apart` behind them.
+inline void turn_pairs(const float* __restrict row, const float* __restrict cos, const float* __restrict sin,
+                       int64_t half, int64_t step, int64_t apart, float* __restrict out) {
+    for (int64_t j = 0; j < half; ++j) {
+        const float x = row[j * step], y = row[j * step + apart];
+        out[j * step] = x * cos[j] - y * sin[j];
+        out[j * step + apart] = x * sin[j] + y * cos[j];
+    }
+}
+
 template <class Body>
 void for_runs(int64_t n, int64_t bytes_each, int num_threads, Body body) {
     const int64_t step = std::max<int64_t>(1, kBytesPerRun / std::max<int64_t>(1, bytes_each));
@@ -81,6 +91,26 @@ void lowest_of_rows(const InstructionSet& set, const RankedRows& rows, float* le
             }
             set.lowest(rows.numbers + i * rows.width + first, std::max<int64_t>(0, stop - first), least + i, where + i);
             where[i] += first;
+        }
+    });
+}
+
+void turn_rows(const PlainRows& rows, const Angles& angles, const int64_t* which, int64_t n, float* out,
+               int num_threads) {
+    const int64_t half = angles.half, dim = rows.dim;
+    for_runs(n, 2 * dim * int64_t(sizeof(float)), num_threads, [&](int64_t from, int64_t to) {
+        int64_t source = from % rows.num_rows;
+        for (int64_t i = from; i < to; ++i, source = source + 1 < rows.num_rows ? source + 1 : 0) {
+            if (which[i] < 0 || which[i] >= angles.num_angles) {
+                throw std::invalid_argument("row " + std::to_string(i) + " turns by angle " + std::to_string(which[i]) +
+                                            ", there are " + std::to_string(angles.num_angles));
+            }
+            const float* row = rows.data + source * dim;
+            const float *cos = angles.cos + which[i] * half, *sin = angles.sin + which[i] * half;
+            float* turned = out + i * dim;
+            angles.interleaved ? turn_pairs(row, cos, sin, half, 2, 1, turned)
+                               : turn_pairs(row, cos, sin, half, 1, half, turned);
+            std::memcpy(turned + 2 * half, row + 2 * half, (dim - 2 * half) * sizeof(float));
         }
     });
 }

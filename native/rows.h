@@ -35,6 +35,26 @@ struct RankedRows {
 
 void lowest_of_rows(const InstructionSet& set, const RankedRows& rows, float* least, int64_t* where, int num_threads);
 
+// Rows float32 [num_rows, dim] and angles [num_angles, half] by which their first 2 * half dims can turn: halves, or
+// interleaved pairs.
+struct PlainRows {
+    const float* data;
+    int64_t num_rows;
+    int64_t dim;
+};
+
+struct Angles {
+    const float* cos;
+    const float* sin;
+    int64_t num_angles;
+    int64_t half;
+    bool interleaved;
+};
+
+// Row i of out [n, dim] is row i % num_rows turned by angle which[i].
+void turn_rows(const PlainRows& rows, const Angles& angles, const int64_t* which, int64_t n, float* out,
+               int num_threads);
+
 // New rows [T, H, dim] of keys or values and where they go.
 struct NewRows {
     const char* data;

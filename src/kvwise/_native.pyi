@@ -89,6 +89,21 @@ def lowest(
     num_threads: int,
     /,
 ) -> None: ...
+def turn_rows(
+    rows: int,
+    num_rows: int,
+    dim: int,
+    cos: int,
+    sin: int,
+    num_angles: int,
+    half: int,
+    interleaved: bool,
+    which: int,
+    n: int,
+    out: int,
+    num_threads: int,
+    /,
+) -> None: ...
 def append(
     instruction_set: str,
     rows: int,

@@ -137,6 +137,32 @@ def test_rotated_keys_move_to_other_positions(kernels: Kernels, interleaved: boo
     torch.testing.assert_close(there[7, 0], x * angle.cos() - y * angle.sin(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("num_rows", "dim", "half", "num_ways"), [(5, 20, 8, 3), (700, 64, 32, 4), (9, 7, 0, 2)])
+def test_rows_turn_by_several_angles_each(
+    kernels: Kernels, num_rows: int, dim: int, half: int, num_ways: int, interleaved: bool
+) -> None:
+    """As the same rotations one by one."""
+    rows, inv_freq = random(num_rows, dim), 100.0 ** (-torch.arange(half) / max(1, half))
+    positions = torch.arange(-3, 4)
+    angles = positions.double()[:, None] * inv_freq
+    which = torch.randint(len(positions), (num_ways, num_rows), generator=torch.Generator().manual_seed(1))
+    turned = kernels.turn(rows, angles.cos().float(), angles.sin().float(), which, interleaved=interleaved)
+    assert turned.shape == (num_ways, num_rows, dim)
+    for way, by in zip(turned, which, strict=True):
+        expected = kernels_for(CPU, "reference").rotate(rows, positions[by], inv_freq, interleaved=interleaved)
+        torch.testing.assert_close(way, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_turn_refuses_angles_that_are_not_there(name: str) -> None:
+    cos, kernels = torch.ones(4, 8), kernels_for(CPU, name)
+    with pytest.raises(UsageError, match="row 1 turns by angle 4, there are 4"):
+        kernels.turn(random(2, 16), cos, cos, torch.tensor([[0, 4]]))
+    with pytest.raises(UsageError, match="do not fit angles"):
+        kernels.turn(random(2, 15), cos, cos, torch.tensor([[0, 1]]))
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_slots_outside_the_arena_are_refused(name: str) -> None:
     kernels, arena = kernels_for(CPU, name), random(2, 4, 8)

@@ -1,6 +1,7 @@
 """Segments whose keys meet queries of their own, and rows that count less towards the mass."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ class Case:
             self.queries[0], self.start, segments, scale=0.3, softcap=4.0, want_lse=True, mass_fading=fading
         )
 
+    def attend_stacked(self, kernels: Kernels, mass: Tensor, fading: Tensor | None) -> Attention:
+        """The second and third run as one stack."""
+        lengths = self.lengths[..., None].repeat(1, 1, HEADS)
+        alone = Segment(self.keys, self.values, self.tables[0], lengths[0], mass=mass)
+        stack = Segment(
+            self.keys, self.values, self.tables[1:], lengths[1:], causal=False, mass=mass, queries=self.queries[1:]
+        )
+        return kernels.attend(
+            self.queries[0], self.start, [alone, stack], scale=0.3, softcap=4.0, want_lse=True, mass_fading=fading
+        )
+
     def densely(self, fading: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output and mass, one query at a time."""
         out, mass = torch.zeros(self.queries.shape[1:]), torch.zeros(self.keys.shape[:2])
@@ -84,6 +96,10 @@ def test_one_softmax_over_keys_that_meet_different_queries(
     out, expected = case.densely(fading)
     torch.testing.assert_close(found.out, out, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(mass, expected, atol=2e-5, rtol=1e-4)
+    stacked_mass = torch.zeros_like(mass)
+    stacked = case.attend_stacked(kernels, stacked_mass, fading)
+    assert torch.equal(stacked.out, found.out)
+    assert torch.equal(stacked_mass, mass)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -95,3 +111,7 @@ def test_queries_of_another_shape_are_refused(name: str | None) -> None:
     )
     with pytest.raises(UsageError, match="must be as the call's"):
         family(name).attend(case.queries[0], case.start, [segment], scale=0.3)
+    stack = Segment(case.keys, case.values, case.tables, case.lengths[..., None].repeat(1, 1, HEADS))
+    for queries in (case.queries[:2], case.queries[0]):
+        with pytest.raises(UsageError, match="must be as the call's"):
+            family(name).attend(case.queries[0], case.start, [replace(stack, queries=queries)], scale=0.3)

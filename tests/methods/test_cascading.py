@@ -58,7 +58,8 @@ class Cache:
         self.slots[end : end + num_new] = np.arange(self.num_tokens, self.num_tokens + num_new)
         held = self.slots[: end + num_new]
         column = np.array([scores[t] if t >= 0 else np.nan for t in held], np.float32)[None, None]
-        moves = self.method.arrange(self.layout, num_new, {"score": column})
+        asked = self.method.asks(self.layout, num_new)
+        moves = self.method.arrange(self.layout, num_new, column[..., asked])
         self.slots[moves.target] = self.slots[moves.source[0, 0]]
         self.layout = moves.layout
         self.num_tokens += num_new
@@ -139,6 +140,7 @@ STRATEGIES = [
     ("llama-tiny", "budget=0.3, stride=5, beta=0.9, eager_fill=false", 3),
     ("llama-tiny", "budget=0.3, stride=8, beta=0.9, positions=original", 4),
     ("llama-tiny", "budget=0.3, stride=8, beta=0.9, mode=released", 5),
+    ("llama-tiny", "budget=0.3, stride=8, beta=0.4", 9),  # old attention soon weighs nothing
     ("gpt_neox-tiny", "budget=0.3, stride=8, beta=0.9", 6),  # a quarter of each head is rotated
     ("gpt2-tiny", "budget=0.3, stride=8, beta=0.9, positions=original", 7),  # learned positions
     ("3m", "budget=0.5, stride=16, beta=0.99, sinks=0", 8),  # three query heads per KV head, six layers

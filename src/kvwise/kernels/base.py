@@ -8,7 +8,7 @@ head ``h`` is ``block * page_stride + page_offset + h``; per-head tables name pa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -56,6 +56,9 @@ class Segment:
     order (so ``lengths`` counts the queries' own tokens, already appended); otherwise every query sees all
     ``length`` slots. A count below zero is none.
 
+    A *stack* is F segments at once that differ in tables [F, B, H, N], lengths [F, B, H] and queries [F, T, Hq, Dk]
+    only; without packed pages.
+
     With ``sealed``, ``lengths`` counts the tokens in packed and open pages together, tables are per head, and both
     ``positions`` and ``mass`` speak of open pages only.
     """
@@ -82,10 +85,25 @@ class Segment:
         return self.tables.ndim == 2
 
     @property
+    def is_stack(self) -> bool:
+        """Whether these are several segments."""
+        return self.tables.ndim == 4
+
+    def parts(self) -> "list[Segment]":
+        """The segments of a stack; itself if it is none."""
+        if not self.is_stack:
+            return [self]
+        of = [None] * len(self.tables) if self.queries is None else list(self.queries)
+        return [
+            replace(self, tables=tables, lengths=lengths, queries=queries)
+            for tables, lengths, queries in zip(self.tables, self.lengths, of, strict=True)
+        ]
+
+    @property
     def num_heads(self) -> int:
         """KV heads H of this segment."""
         if not self.whole_blocks:
-            return int(self.tables.shape[1])
+            return int(self.tables.shape[-2])
         if self.num_kv_heads is None:
             raise UsageError("a segment over whole blocks does not say its KV heads; pass num_kv_heads=")
         return self.num_kv_heads
@@ -191,6 +209,13 @@ class Kernels(Protocol):
         """
         ...
 
+    def turn(self, rows: Tensor, cos: Tensor, sin: Tensor, which: Tensor, *, interleaved: bool = False) -> Tensor:
+        """Rows [n, D] as they are rotated by angles of a table, each by F of them: float32 [F, n, D].
+
+        cos, sin: float32 [m, R] of each angle's R pairs of dims; which: int64 [F, n]. Dims as in `rotate`.
+        """
+        ...
+
     def seal_keys(
         self, arena: Tensor, slots: Tensor, packed: PackedArena, pages: Tensor, channels: Tensor | None = None
     ) -> None:
@@ -266,14 +291,17 @@ def _check_segment(segment: Segment, num_sequences: int, num_heads: int, shape: 
         )
     if keys.shape[2] != head_dim:
         raise UsageError(f"queries have head dim {head_dim}, the key arena has {keys.shape[2]}")
-    lead = (num_sequences,) if segment.whole_blocks else (num_sequences, num_heads)
+    lead: tuple[int, ...] = (num_sequences,) if segment.whole_blocks else (num_sequences, num_heads)
+    of_queries = tuple(shape)
+    if segment.is_stack:
+        lead, of_queries = (len(tables), *lead), (len(tables), *of_queries)
     if tables.shape[:-1] != lead or segment.lengths.shape != lead:
         raise UsageError(
             f"tables {tuple(tables.shape)} and lengths {tuple(segment.lengths.shape)} "
             f"do not fit {num_sequences} sequences, {num_heads} KV heads"
         )
-    if segment.queries is not None and segment.queries.shape != shape:
-        raise UsageError(f"a segment's queries {tuple(segment.queries.shape)} must be as the call's {tuple(shape)}")
+    if segment.queries is not None and segment.queries.shape != of_queries:
+        raise UsageError(f"a segment's queries {tuple(segment.queries.shape)} must be as the call's {of_queries}")
     if segment.marks is not None:
         _check_marks(segment.marks, num_sequences, num_heads)
     if segment.sealed is not None:
@@ -289,6 +317,8 @@ def _check_marks(marks: Marks, num_sequences: int, num_heads: int) -> None:
 
 
 def _check_sealed(segment: Segment, sealed: Sealed, lead: tuple[int, ...], head_dim: int) -> None:
+    if segment.is_stack:
+        raise UsageError("packed pages are of single segments: a stack has none")
     if segment.whole_blocks:
         raise UsageError("packed pages need per-head tables: the segment has whole-block ones")
     counts = (sealed.key_lengths, sealed.value_lengths, sealed.open_base)

@@ -10,7 +10,7 @@ from kvwise.core.errors import UsageError
 from kvwise.kernels.base import Attention, Segment, check_attend
 from kvwise.kernels.cpu_folded import CpuFolding
 from kvwise.kernels.cpu_sealed import STORAGE, SealedFields, address, call
-from kvwise.kernels.reference import ReferenceKernels
+from kvwise.kernels.reference import angles_of
 
 
 def instruction_sets() -> list[str]:
@@ -233,8 +233,36 @@ class CpuKernels(CpuFolding):
         return least, where
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
-        """See `Kernels.rotate`; torch's own elementwise kernels do it."""
-        return ReferenceKernels().rotate(keys, delta, inv_freq, interleaved=interleaved)
+        """See `Kernels.rotate`."""
+        cos, sin, which = angles_of(delta, inv_freq)
+        return self.turn(keys, cos, sin, which[None], interleaved=interleaved)[0].to(keys.dtype)
+
+    def turn(self, rows: Tensor, cos: Tensor, sin: Tensor, which: Tensor, *, interleaved: bool = False) -> Tensor:
+        """See `Kernels.turn`."""
+        num_rows, dim = rows.shape
+        if which.shape[1:] != rows.shape[:1] or cos.shape != sin.shape or 2 * cos.shape[1] > dim:
+            raise UsageError(
+                f"rows {tuple(rows.shape)} do not fit angles {tuple(cos.shape)}, {tuple(sin.shape)} and which "
+                f"{tuple(which.shape)}"
+            )
+        out = torch.empty((len(which), num_rows, dim), dtype=torch.float32)
+        rows, which = rows.float().contiguous(), _longs(which)
+        cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        call(
+            _native.turn_rows,
+            rows.data_ptr(),
+            num_rows,
+            dim,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            *cos.shape,
+            interleaved,
+            which.data_ptr(),
+            which.numel(),
+            out.data_ptr(),
+            self._threads,
+        )
+        return out
 
 
 class _Fields:
@@ -242,7 +270,7 @@ class _Fields:
 
     def __init__(self, segment: Segment) -> None:
         tables, lengths = _ints(segment.tables), _ints(segment.lengths)
-        whole = segment.whole_blocks
+        whole, first = segment.whole_blocks, int(segment.is_stack)  # the dim of sequences
         sealed = None if segment.sealed is None else SealedFields(segment.sealed)
         met = None if segment.queries is None else segment.queries.float().contiguous()
         marks = None
@@ -253,12 +281,12 @@ class _Fields:
             address(segment.keys),
             address(segment.values),
             tables.data_ptr(),
-            tables.stride(0),
-            0 if whole else tables.stride(1),
+            tables.stride(first),
+            0 if whole else tables.stride(first + 1),
             tables.shape[-1],
             lengths.data_ptr(),
-            lengths.stride(0),
-            0 if whole else lengths.stride(1),
+            lengths.stride(first),
+            0 if whole else lengths.stride(first + 1),
             segment.page_stride if whole else 1,
             segment.page_offset if whole else 0,
             1 if whole else 0,
@@ -269,6 +297,10 @@ class _Fields:
             0 if segment.mass is None else address(segment.mass),
             0 if met is None else met.data_ptr(),
             *((0, 0) if marks is None else (part.data_ptr() for part in marks)),
+            len(tables) if first else 1,
+            tables.stride(0),
+            lengths.stride(0),
+            0 if met is None else met.stride(0),
             *(() if sealed is None else sealed.fields),
         ]
 

@@ -63,6 +63,7 @@ class ReferenceKernels(ReferenceSealing, ReferenceFolding):
     ) -> Attention:
         """See `Kernels.attend`."""
         num_heads = check_attend(queries, query_start, segments, query_positions)
+        segments = [part for segment in segments for part in segment.parts()]
         num_tokens, num_query_heads, _ = queries.shape
         out = queries.new_zeros(num_tokens, num_query_heads, segments[0].values.shape[2])
         lse = queries.new_full((num_tokens, num_query_heads), -math.inf, dtype=torch.float32)
@@ -147,16 +148,24 @@ class ReferenceKernels(ReferenceSealing, ReferenceFolding):
 
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`."""
-        half = inv_freq.numel()
-        angles = delta.double()[:, None] * inv_freq.double()
-        cos, sin = angles.cos().float(), angles.sin().float()
-        rotary = keys[:, : 2 * half].float()
-        if interleaved:
-            x, y = rotary[:, 0::2], rotary[:, 1::2]
-        else:
-            x, y = rotary[:, :half], rotary[:, half:]
-        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=2 if interleaved else 1)
-        return torch.cat((turned.flatten(1).to(keys.dtype), keys[:, 2 * half :]), dim=1)
+        cos, sin, which = angles_of(delta, inv_freq)
+        return self.turn(keys, cos, sin, which[None], interleaved=interleaved)[0].to(keys.dtype)
+
+    def turn(self, rows: Tensor, cos: Tensor, sin: Tensor, which: Tensor, *, interleaved: bool = False) -> Tensor:
+        """See `Kernels.turn`."""
+        half, rows = cos.shape[1], rows.float()
+        cos, sin = cos[which], sin[which]
+        rotary = rows[:, : 2 * half]
+        x, y = (rotary[:, 0::2], rotary[:, 1::2]) if interleaved else (rotary[:, :half], rotary[:, half:])
+        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=3 if interleaved else 2).flatten(2)
+        return torch.cat((turned, rows[:, 2 * half :].expand(len(which), -1, -1)), dim=2)
+
+
+def angles_of(delta: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines and sines float32 [m, R] of the m different angles of positions int [...], and which is whose."""
+    distinct, which = torch.unique(delta, return_inverse=True)
+    angles = distinct.double()[:, None] * inv_freq.double()
+    return angles.cos().float(), angles.sin().float(), which
 
 
 def _view(segment: Segment, b: int, num_heads: int) -> _View:

@@ -62,6 +62,7 @@ class TritonKernels(TritonSealing, ReferenceKernels):
         num_heads = check_attend(queries, query_start, segments, query_positions)
         if queries.stride(2) != 1:
             queries = queries.contiguous()
+        segments = [part for segment in segments for part in segment.parts()]
         call = _Call(queries, query_start, query_positions, num_heads, scale, window, softcap)
         out, lse = call.attend(segments)
         for segment in segments:

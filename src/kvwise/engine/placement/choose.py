@@ -120,8 +120,6 @@ def _columns(retention: Retention) -> list[str]:
     """What must be known of each token beside its keys and values."""
     if not retention.drops:
         return []
-    if isinstance(retention, Strided):
-        return ["positions", "mass", *retention.columns]
     return ["positions", *(["mass"] if retention.needs_mass or retention.marks_rows else [])]
 
 
@@ -150,8 +148,7 @@ def _strided(
         except UnsupportedModel as error:
             raise UnsupportedModel(f"{error}: {retention.name} needs positions=original there") from error
         rotations = [found[layer] for layer in arena.layout.layers.stored]
-    group = loaded.num_query_heads // arena.layout.num_kv_heads
-    return StridedPlacement(retention, cache, arena, kernels, rotations, group, config.max_num_seqs)
+    return StridedPlacement(retention, cache, arena, kernels, rotations, config.max_num_seqs)
 
 
 def _check_tiers(strategy: Strategy, config: EngineConfig) -> None:

@@ -15,10 +15,12 @@ from kvwise.engine.placement.stretches import Stretches
 from kvwise.engine.placement.strided_part import StridedPart
 from kvwise.engine.sequence import Sequence as Seq
 from kvwise.kernels.base import Kernels
-from kvwise.methods.retention.strided import Ints, Layout, Moves, Strided, StrideView
+from kvwise.methods.retention.strided import Ints, Layout, Moves, Strided
 from kvwise.models.attention import Observer
 from kvwise.models.rotation import Rotation
 from kvwise.tiers.arena import Arena
+
+MOST_WEIGHT = 8.0  # nats: rows whose weight in the mass is higher make all of it be scaled down first
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,6 @@ class _Due:
     layout: Layout
     num_new: int
 
-    @property
-    def num_slots(self) -> int:
-        return self.layout.end + self.num_new
-
 
 class StridedPlacement(ReadsInStrides):
     """Carries out a `Strided` method. All layers and heads of a request have their tokens in the same slots."""
@@ -44,21 +42,20 @@ class StridedPlacement(ReadsInStrides):
 
     def __init__(
         self, retention: Strided, cache: CacheManager, arena: Arena, kernels: Kernels, rotations: Sequence[Rotation],
-        group: int, max_rows: int,
+        max_rows: int,
     ) -> None:  # fmt: skip
         self._retention = retention
         self._cache = cache
         self._arena = arena
         self._kernels = kernels
         self._rotations = rotations
-        self._group = group
         self._size = arena.layout.block_size
         self._shape = (arena.layout.num_layers, arena.layout.num_kv_heads)
         self._device = arena.keys.device
         self._layouts: dict[Seq, Layout] = {}
+        self._bases: dict[Seq, int] = {}  # the position of the row whose attention counts once in the mass
         self._slots = torch.zeros((max_rows, *self._shape, 1), dtype=torch.int64, device=self._device)
         self._stretches = Stretches(self._device, arena.layout.block_size)
-        self._last_due: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     # -- what it may hold ---------------------------------------------------------------------------------------
 
@@ -99,6 +96,7 @@ class StridedPlacement(ReadsInStrides):
         self._cache.finish_paginate(row)
         self._note_pages(row, pages)
         self._layouts[sequence] = self._retention.start(sequence.num_prompt)
+        self._bases[sequence] = 0
         return True
 
     def _note_pages(self, row: int, pages: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> None:
@@ -108,8 +106,7 @@ class StridedPlacement(ReadsInStrides):
         if width > self._slots.shape[-1]:
             self._slots = torch.nn.functional.pad(self._slots, (0, width - self._slots.shape[-1]))
         self._slots[row, ..., :width] = slots
-        self._stretches.forget(row)
-        self._last_due = None
+        self._stretches.forget()
 
     def num_next(self, sequence: Seq) -> int:
         """Tokens up to the end of the stride; one never reaches over the end of the prompt."""
@@ -151,18 +148,12 @@ class StridedPlacement(ReadsInStrides):
     def part(self, sequences: Sequence[Seq], counts: Sequence[int], rows: slice) -> StridedPart:
         """The new tokens go behind those of the stride so far, and that behind what is kept."""
         held = [self._layouts[s] for s in sequences]
-        read = [s.num_computed - layout.num_tokens for s, layout in zip(sequences, held, strict=True)]
-        index = np.array([s.row for s in sequences], dtype=np.int64)
-        repeated = np.repeat(index, counts)
-        ends = [layout.end + done for layout, done in zip(held, read, strict=True)]
-        place = np.concatenate([np.arange(end, end + n) for end, n in zip(ends, counts, strict=True)])
-        slots = self._slots[self._on_device(repeated), ..., self._on_device(place)].transpose(0, 1)
-        self._start_columns(slots, sequences, counts)
-        found = self._stretches.of([int(row) for row in index], held, ends, counts, self._slots)
-        return StridedPart(
-            rows, self._kernels, self._arena, found.unit, found.query_start, slots, found.open, found.others,
-            found.turned, found.turns, self._fading(sequences, counts), self._rotations,
-        )  # fmt: skip
+        ends = [layout.end + s.num_computed - layout.num_tokens for s, layout in zip(sequences, held, strict=True)]
+        where = [s.row for s in sequences if s.row is not None]
+        stretched = self._stretches.of(where, held, ends, counts, self._slots)
+        self._start_columns(stretched.slots, sequences, counts)
+        fading = self._fading(sequences, counts)
+        return StridedPart(rows, self._kernels, self._arena, stretched, fading, self._rotations)
 
     def _on_device(self, array: Ints) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -170,19 +161,32 @@ class StridedPlacement(ReadsInStrides):
     def _start_columns(self, slots: Tensor, sequences: Sequence[Seq], counts: Sequence[int]) -> None:
         """New tokens have their position, and 0 in every other column."""
         spans = [np.arange(s.num_computed, s.num_computed + n) for s, n in zip(sequences, counts, strict=True)]
-        positions = self._on_device(np.concatenate(spans)).to(torch.int32)
+        positions = self._on_device(np.concatenate(spans))[:, None].expand(slots.shape).flatten()
         for name, column in self._arena.columns.items():
-            value = positions[:, None] if name == "positions" else torch.zeros_like(positions, dtype=column.dtype)
-            column.view(-1)[slots] = value.view(-1, 1).expand(slots.shape)
+            value = positions if name == "positions" else torch.zeros_like(positions)
+            self._kernels.scatter(value, column, slots.flatten())
 
     def _fading(self, sequences: Sequence[Seq], counts: Sequence[int]) -> Tensor | None:
-        """How much a row's log weight lies below that of the stride's last row, float32 [T]; None: all are last."""
+        """How much below 0 the rows' log weights are, float32 [T]; None: all rows weigh the same."""
         decay = -math.log(self._retention.row_decay)
-        left = [self.num_next(s) for s in sequences]
-        if decay == 0.0 or max(left) == 1:
+        if decay == 0.0:
             return None
-        rows = [np.arange(n - 1, n - 1 - count, -1) for n, count in zip(left, counts, strict=True)]
+        rows = []
+        for sequence, n in zip(sequences, counts, strict=True):
+            last = sequence.num_computed + self.num_next(sequence) - 1
+            if (last - self._bases[sequence]) * decay > MOST_WEIGHT:
+                self._scale_mass(sequence, math.exp((self._bases[sequence] - last) * decay))
+                self._bases[sequence] = last
+            first = self._bases[sequence] - sequence.num_computed
+            rows.append(np.arange(first, first - n, -1))
         return torch.from_numpy(np.concatenate(rows) * decay).float().to(self._device)
+
+    def _scale_mass(self, sequence: Seq, factor: float) -> None:
+        """Of all tokens of the sequence that have been read."""
+        layout, column = self._layouts[sequence], self._arena.columns["mass"]
+        num_slots = layout.end + sequence.num_computed - layout.num_tokens
+        where = self._slots[sequence.row, ..., :num_slots].flatten()
+        self._kernels.scatter(self._kernels.gather(column, where) * factor, column, where)
 
     def after_prefill_step(self, prefills: Sequence[tuple[Seq, int]]) -> list[Failure]:
         """See `after_decode_step`."""
@@ -212,66 +216,49 @@ class StridedPlacement(ReadsInStrides):
         return []
 
     def _ask(self, due: Sequence[_Due]) -> list[Moves]:
-        slots = self._slots_due(due)
-        columns = {name: self._arena.columns[name].view(-1)[slots] for name in ("mass", *self._retention.columns)}
-        num_rows = torch.tensor([one.num_new for one in due], device=self._device)
-        fresh = self._retention.updated(StrideView(columns.pop("mass"), columns, num_rows, self._group))
-        on_host = {name: column.cpu().numpy() for name, column in fresh.items()}
-        moves = [
-            self._retention.arrange(
-                one.layout, one.num_new, {name: column[i, ..., : one.num_slots] for name, column in on_host.items()}
-            )
-            for i, one in enumerate(due)
+        asked = [self._retention.asks(one.layout, one.num_new) for one in due]
+        where = self._in_arena(due, [slots[:, None, None] for slots in asked])
+        mass = self._kernels.gather(self._arena.columns["mass"], where.flatten()).view(where.shape).cpu().numpy()
+        stops = np.cumsum([len(slots) for slots in asked])
+        return [
+            self._retention.arrange(one.layout, one.num_new, mass[stop - len(slots) : stop].transpose(1, 2, 0))
+            for one, slots, stop in zip(due, asked, stops, strict=True)
         ]
-        where = slots.flatten()
-        self._arena.columns["mass"].view(-1).index_fill_(0, where, 0.0)
-        for name, column in fresh.items():
-            self._arena.columns[name].view(-1).index_copy_(0, where, column.flatten())
-        return moves
 
-    def _slots_due(self, due: Sequence[_Due]) -> Tensor:
-        """Their slots int64 [B, L, H, S]; one that has fewer names its last again, to no effect."""
-        key = tuple((one.row, one.num_slots) for one in due)
-        if self._last_due is None or self._last_due[0] != key:
-            longest = max(one.num_slots for one in due)
-            index = [np.minimum(np.arange(longest), one.num_slots - 1) for one in due]
-            found = [self._slots[one.row, ..., self._on_device(i)] for one, i in zip(due, index, strict=True)]
-            self._last_due = key, torch.stack(found)
-        return self._last_due[1]
+    def _in_arena(self, due: Sequence[_Due], slots: Sequence[Ints]) -> Tensor:
+        """Slots [n, L, H] of each sequence (or [n, 1, 1]) as those of the arena, int64 [N, L, H], all side by side."""
+        _, num_layers, num_heads, width = self._slots.shape
+        rows = np.repeat([one.row for one in due], [len(of) for of in slots])
+        heads = np.arange(num_layers * num_heads).reshape(num_layers, num_heads) * width
+        index = np.concatenate(slots) + heads + (rows * num_layers * num_heads * width)[:, None, None]
+        return self._slots.view(-1)[self._on_device(index)]
 
     def _move(self, due: Sequence[_Due], moves: Sequence[Moves]) -> None:
-        sources, targets, turns, layers = [], [], [], []
-        for one, move in zip(due, moves, strict=True):
-            slots = self._slots[one.row]
-            source = self._on_device(np.ascontiguousarray(move.source))
-            target = self._on_device(move.target)
-            sources.append(slots.gather(-1, source).flatten())
-            targets.append(slots[..., target].flatten())
-            new = np.arange(one.layout.num_tokens, one.layout.num_tokens + one.num_new)
-            before = np.concatenate([one.layout.rotation, new])
-            turns.append((move.layout.rotation[move.target] - before[move.source]).ravel())
-            layers.append(np.repeat(np.arange(self._shape[0]), move.source[0].size))
-            self._layouts[one.sequence] = move.layout
-            self._attest(one, move)
-        source, target = torch.cat(sources), torch.cat(targets)
+        source = self._in_arena(due, [move.source.transpose(2, 0, 1) for move in moves]).flatten()
+        target = self._in_arena(due, [move.target[:, None, None] for move in moves]).flatten()
         keys = self._kernels.gather(self._arena.keys, source)
         if self._retention.turns:
-            self._rotate(keys, np.concatenate(turns), np.concatenate(layers))
+            self._rotate(keys, np.concatenate([_turns(one, move) for one, move in zip(due, moves, strict=True)]))
         self._kernels.scatter(keys, self._arena.keys, target)
         for column in (self._arena.values, *self._arena.columns.values()):
             self._kernels.scatter(self._kernels.gather(column, source), column, target)
+        for one, move in zip(due, moves, strict=True):
+            self._layouts[one.sequence] = move.layout
+            self._attest(one, move)
 
-    def _rotate(self, keys: Tensor, turns: Ints, layers: Ints) -> None:
-        """Rotate keys [n, D] of the layers [n] by so many positions [n]."""
-        distinct = {rotation.inv_freq.data_ptr(): rotation for rotation in self._rotations}
-        whose = np.array([rotation.inv_freq.data_ptr() for rotation in self._rotations])
-        for address, rotation in distinct.items():
-            index = np.flatnonzero((turns != 0) & (whose[layers] == address))
-            if len(index) and len(rotation.inv_freq):
-                where, delta = self._on_device(index), self._on_device(turns[index])
-                keys[where] = self._kernels.rotate(
-                    keys[where], delta, rotation.inv_freq, interleaved=rotation.interleaved
-                )
+    def _rotate(self, keys: Tensor, turns: Ints) -> None:
+        """Rotate keys [N * L * H, D] in place by so many positions [N, L, H]."""
+        delta, rows = self._on_device(turns), keys.view(*turns.shape, keys.shape[-1])
+        whose = [rotation.inv_freq.data_ptr() for rotation in self._rotations]
+        for rotation in {rotation.inv_freq.data_ptr(): rotation for rotation in self._rotations}.values():
+            if not len(rotation.inv_freq):
+                continue
+            layers = [i for i, address in enumerate(whose) if address == rotation.inv_freq.data_ptr()]
+            of = slice(None) if len(layers) == len(whose) else layers
+            turned = self._kernels.rotate(
+                rows[:, of].flatten(0, 2), delta[:, of].flatten(), rotation.inv_freq, interleaved=rotation.interleaved
+            )
+            rows[:, of] = turned.view(rows[:, of].shape)
 
     # -- attestation --------------------------------------------------------------------------------------------
 
@@ -300,6 +287,7 @@ class StridedPlacement(ReadsInStrides):
     def release(self, sequence: Seq) -> None:
         """Its pages are the cache manager's to free."""
         self._layouts.pop(sequence, None)
+        self._bases.pop(sequence, None)
 
     def kv_bytes(self) -> Mapping[str, int]:
         """Nothing is held outside the device pool."""
@@ -311,3 +299,11 @@ class StridedPlacement(ReadsInStrides):
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+def _turns(one: _Due, move: Moves) -> Ints:
+    """By how many positions the moved keys are to be rotated, int64 [n, L, H]."""
+    new = np.arange(one.layout.num_tokens, one.layout.num_tokens + one.num_new)
+    before = np.concatenate([one.layout.rotation, new])
+    turns: Ints = move.layout.rotation[move.target][:, None, None] - before[move.source.transpose(2, 0, 1)]
+    return turns

@@ -7,45 +7,58 @@ import torch
 from torch import Tensor
 
 from kvwise.kernels.base import Kernels, Segment
+from kvwise.kernels.reference import angles_of
 from kvwise.models.rotation import Rotation
 from kvwise.tiers.arena import Arena
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A run of slots of every sequence: tables int32 [L, B, H, N] of pages of `unit` slots, lengths int32 [B, H]."""
+    """A run of slots of every sequence: tables int32 [L, B, H, N] of pages of `unit` slots, lengths int32 [B, H].
+
+    Of F runs: tables [L, F, B, H, N], lengths [F, B, H].
+    """
 
     tables: Tensor
     lengths: Tensor
 
 
-class StridedPart:
-    """Sequences laid out in runs of slots; `slots` int64 [L, T, H] is where the new tokens go.
+@dataclass(frozen=True, slots=True)
+class Stretched:
+    """Where the sequences of a step have their tokens: T new ones go to `slots` int64 [L, T, H].
 
-    `open` are the runs that the new tokens follow, `others` those that meet queries as they are. The keys of `turned`
-    runs, F of them, meet queries that turn by `turns` int64 [F, T] positions. `fading` float32 [T]: what a row's log
-    weight is below the last one's; None: all rows weigh the same.
+    `open` are the runs that the new tokens follow. The keys of `others`, F runs, meet queries that turn by `turns`
+    int64 [F, T] positions; None: as they are.
+    """
+
+    unit: int
+    query_start: Tensor
+    slots: Tensor
+    open: Stretch
+    others: Stretch | None
+    turns: Tensor | None
+
+
+class StridedPart:
+    """Sequences laid out in runs of slots.
+
+    `fading` float32 [T]: how much below 0 the log weight of a row's attention is in the mass; None: all weigh the same.
     """
 
     def __init__(
-        self, rows: slice, kernels: Kernels, arena: Arena, unit: int, query_start: Tensor, slots: Tensor, open: Stretch,
-        others: Sequence[Stretch], turned: Sequence[Stretch], turns: Tensor, fading: Tensor | None,
+        self, rows: slice, kernels: Kernels, arena: Arena, stretched: Stretched, fading: Tensor | None,
         rotations: Sequence[Rotation],
     ) -> None:  # fmt: skip
         self.rows = rows
         self._kernels = kernels
         self._arena = arena
+        unit = stretched.unit
         self._keys, self._values = (t.view(-1, unit, t.shape[-1]) for t in (arena.keys, arena.values))
         self._mass = arena.columns["mass"].view(-1, unit)
-        self._query_start = query_start
-        self._slots = slots
-        self._open = open
-        self._others = others
-        self._turned = turned
-        self._turns = turns
+        self._at = stretched
         self._fading = fading
         self._rotations = rotations
-        self._angles: dict[int, tuple[Tensor, Tensor]] = {}  # by the address of a rotation's frequencies
+        self._angles: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by the address of a rotation's frequencies
 
     def attend(
         self, layer: int, queries: Tensor, keys: Tensor | None, values: Tensor | None, *, scale: float,
@@ -54,15 +67,13 @@ class StridedPart:
         """Append (unless an earlier layer has stored for this one), then attend; a window is longer than any text."""
         owns = keys is not None and values is not None
         if keys is not None and values is not None:
-            self._kernels.append(keys, values, self._arena.keys, self._arena.values, self._slots[layer])
+            self._kernels.append(keys, values, self._arena.keys, self._arena.values, self._at.slots[layer])
         mass = self._mass if owns else None
-        segments = [self._segment(self._open, layer, mass, causal=True)]
-        segments += [self._segment(other, layer, mass) for other in self._others]
-        if self._turned:
-            met = self._turn(layer, queries)
-            segments += [self._segment(run, layer, mass, met=to) for run, to in zip(self._turned, met, strict=True)]
+        segments = [self._segment(self._at.open, layer, mass, causal=True)]
+        if self._at.others is not None:
+            segments.append(self._segment(self._at.others, layer, mass, met=self._turn(layer, queries)))
         return self._kernels.attend(
-            queries, self._query_start, segments, scale=scale, softcap=softcap, mass_fading=self._fading
+            queries, self._at.query_start, segments, scale=scale, softcap=softcap, mass_fading=self._fading
         ).out
 
     def _segment(
@@ -70,19 +81,18 @@ class StridedPart:
     ) -> Segment:
         return Segment(self._keys, self._values, run.tables[layer], run.lengths, causal=causal, mass=mass, queries=met)
 
-    def _turn(self, layer: int, queries: Tensor) -> Tensor:
-        """Queries [T, Hq, D] as each turned run meets them: [F, T, Hq, D]."""
+    def _turn(self, layer: int, queries: Tensor) -> Tensor | None:
+        """Queries [T, Hq, D] as each of the other runs meets them: [F, T, Hq, D]; None: as they are."""
+        turns = self._at.turns
+        if turns is None:
+            return None
         rotation = self._rotations[layer]
-        half = len(rotation.inv_freq)
-        if not half:
-            return queries.expand(len(self._turned), *queries.shape)
+        if not len(rotation.inv_freq):
+            return None
         known = rotation.inv_freq.data_ptr()
         if known not in self._angles:
-            angles = self._turns.double()[..., None, None] * rotation.inv_freq
-            self._angles[known] = (angles.cos().float(), angles.sin().float())
-        cos, sin = self._angles[known]
-        rotary = queries[..., : 2 * half].float()
-        x, y = (rotary[..., 0::2], rotary[..., 1::2]) if rotation.interleaved else rotary.chunk(2, -1)
-        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), -1 if rotation.interleaved else -2).flatten(-2)
-        rest = queries[..., 2 * half :].float().expand(len(self._turned), -1, -1, -1)
-        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+            cos, sin, which = angles_of(turns, rotation.inv_freq)
+            self._angles[known] = cos, sin, torch.repeat_interleave(which, queries.shape[1], 1)
+        rows = queries.flatten(0, 1)
+        turned = self._kernels.turn(rows, *self._angles[known], interleaved=rotation.interleaved)
+        return turned.view(len(turns), *queries.shape)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvwise.methods.retention.strided import Layout, Run
+from kvwise.methods.retention.strided import Floats, Ints, Layout, Run
 
 UNIT = 16  # slots of a page, commonly: queues that begin where pages do are read fastest
 
@@ -45,6 +45,12 @@ class Cascades(Layout):
     stored: tuple[int, ...]
     taken: tuple[int, ...]
 
+    def rotation_in(self, num_slots: int) -> Ints:
+        """A copy of `rotation` for so many slots, 0 in those without a token."""
+        rotation = np.zeros(num_slots, np.int64)
+        rotation[: self.end] = self.rotation
+        return rotation
+
 
 @dataclass(slots=True)
 class Queue:
@@ -77,31 +83,66 @@ class Queue:
         return self.newest
 
 
+@dataclass(slots=True)
+class Entry:
+    """How tokens find their places in n heads that may decide differently.
+
+    `score` [n, S] is of the slots that tokens were in before; `held` says from which of those a slot's new token comes,
+    one slot for all heads or int64 [n]; `rotation` by which position the key in each slot is to be rotated.
+    """
+
+    score: Floats
+    held: dict[int, int | Ints]
+    rotation: Ints
+
+    def at(self, slot: int) -> int | Ints:
+        """Where the token came from that is in a slot now."""
+        return self.held.get(slot, slot)
+
+    def put(self, slot: int, comer: int | Ints, rotation: int) -> None:
+        """A token from `comer` takes a slot."""
+        self.held[slot] = comer
+        self.rotation[slot] = rotation
+
+    def replace(self, slot: int, comer: int | Ints, rival: int | Ints) -> None:
+        """In heads where its score is no less than the rival's."""
+        wins = self._scores(comer) >= self._scores(rival)
+        if wins.any():
+            self.held[slot] = np.where(wins, comer, self.at(slot))
+
+    def moves(self) -> tuple[Ints, Ints]:
+        """Slots [m] that have new tokens, and where these come from, [n, m]."""
+        source = np.empty((len(self.score), len(self.held)), np.int64)
+        for i, comer in enumerate(self.held.values()):
+            source[:, i] = comer
+        return np.array([*self.held], np.int64), source
+
+    def _scores(self, slots: int | Ints) -> Floats:
+        found: Floats = self.score[np.arange(len(self.score)), slots]
+        return found
+
+
 def queues_of(layout: Cascades) -> list[Queue]:
     """The queues of a layout, to go on with."""
     places = layout.places
     return [Queue(*of) for of in zip(places.starts, places.sizes, layout.stored, layout.taken, strict=True)]
 
 
-def lay_out(places: Places, queues: list[Queue], num_tokens: int, *, turning: bool) -> Cascades:
-    """How the queues lie when `num_tokens` have come.
+def lay_out(places: Places, queues: list[Queue], num_tokens: int, rotation: Ints, *, turning: bool) -> Cascades:
+    """How the queues lie when `num_tokens` have come, and keys are rotated by `rotation` (longer than that is used).
 
-    The k-th token of any queue is rotated by position `sinks` + k. In queue 0 that is its own, and as long as nothing
-    has left, in all. A key is then rotated anew only when it changes queues; queries make up for the rest, which is
-    the same for all tokens of a queue: the n-th last of the kept tokens is to lie n positions before the next.
+    The k-th token of any queue is to be rotated by position `sinks` + k. In queue 0 that is its own, and as long as
+    nothing has left, in all. A key is then rotated anew only when it changes queues; queries make up for the rest,
+    which is the same for all tokens of a queue: the n-th last of the kept tokens is to lie n positions before the next.
     """
     sinks = min(places.sinks, num_tokens)
     end = places.starts[0] + queues[0].stored if num_tokens >= places.sinks else num_tokens
-    rotation = np.zeros(end, np.int64)
-    rotation[:sinks] = np.arange(sinks)
     behind = 0  # tokens kept of this queue and those behind it
     runs = []
     for queue in queues:
         behind += queue.stored
         if queue.stored:
             first = queue.taken - queue.stored
-            index = np.arange(first, queue.taken)
-            rotation[queue.start + index % queue.size] = places.sinks + index
             runs.append(Run(queue.start, queue.stored, places.sinks + first + behind - num_tokens))
     if sinks:
         runs.append(Run(0, sinks, sinks + behind - num_tokens))
@@ -109,7 +150,7 @@ def lay_out(places: Places, queues: list[Queue], num_tokens: int, *, turning: bo
         num_tokens,
         _joined(runs[::-1], turning),
         end,
-        rotation,
+        rotation[:end],
         places,
         tuple(queue.stored for queue in queues),
         tuple(queue.taken for queue in queues),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from kvwise.core.method import Trait
-from kvwise.methods.retention.cascades import Cascades, Places, Queue, cut, lay_out, queues_of
-from kvwise.methods.retention.strided import Floats, Ints, Layout, Moves, Strided, StrideView
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from kvwise.methods.retention.cascades import Cascades, Entry, Places, Queue, cut, lay_out, queues_of
+from kvwise.methods.retention.strided import Floats, Ints, Layout, Moves, Strided
 
 MODES = ("paper", "released")
 POSITIONS = ("cache", "original")
@@ -56,7 +52,6 @@ class Cascading(Strided):
     traits: ClassVar[frozenset[Trait]] = frozenset(
         {Trait.NEEDS_EVERY_ROW, Trait.OWNS_PAGES, Trait.REPOSITIONS, Trait.PRIVATE}
     )
-    columns: ClassVar[tuple[str, ...]] = ("score",)
 
     def __post_init__(self) -> None:
         self.require("budget", 0 < self.budget <= 1, "above 0, at most 1")
@@ -99,52 +94,65 @@ class Cascading(Strided):
         """All buffers are empty."""
         places = self._places(num_prompt_tokens)
         empty = [Queue(start, size, 0, 0) for start, size in zip(places.starts, places.sizes, strict=True)]
-        return lay_out(places, empty, 0, turning=self.turns)
+        return lay_out(places, empty, 0, np.zeros(places.num_slots, np.int64), turning=self.turns)
 
     def _places(self, num_prompt_tokens: int) -> Places:
         capacity = self.capacity(num_prompt_tokens)
         assert capacity is not None
         return cut(self.sinks, capacity - self.sinks, self.cascades, aligned=self.turns)
 
-    def updated(self, view: StrideView) -> Mapping[str, Tensor]:
-        """One step of the average for each row of the stride, in one."""
-        received = view.mass / view.group
-        if self.homogeneous:
-            received = received.mean(2, keepdim=True)
-        kept = self.beta ** view.num_rows[:, None, None, None].float()
-        return {"score": kept * view.columns["score"] + (1 - self.beta) * received}
+    def asks(self, layout: Layout, num_new: int) -> Ints:
+        """All; for a single token only those that are compared."""
+        assert isinstance(layout, Cascades)
+        if num_new > 1:
+            return np.arange(layout.end + num_new)
+        queues = queues_of(layout)
+        num_pushes, meets = self._way(layout.num_tokens, queues)
+        return np.array([queues[num_pushes - 1].oldest, self._rival(queues[num_pushes])] if meets else [], np.int64)
 
-    def arrange(self, layout: Layout, num_new: int, columns: Mapping[str, Floats]) -> Moves:
+    def arrange(self, layout: Layout, num_new: int, mass: Floats) -> Moves:
         """The tokens of the stride enter one by one."""
         assert isinstance(layout, Cascades)
         places, queues = layout.places, queues_of(layout)
-        num_layers, num_heads, num_slots = columns["score"].shape
-        score = columns["score"].reshape(-1, num_slots)
-        own = np.arange(max(num_slots, places.num_slots))
-        held = np.tile(own, (len(score), 1))  # the slot that each slot's token was in before
+        num_layers, num_heads, _ = mass.shape
+        received = mass.sum(1) if self.homogeneous else mass.reshape(num_layers * num_heads, -1)
+        score = np.empty((len(received), layout.end + num_new), np.float32)
+        score[:, self.asks(layout, num_new)] = received
+        entry = Entry(score, {}, layout.rotation_in(places.num_slots))
         for number in range(num_new):
-            self._enter(layout.num_tokens + number, layout.end + number, queues, held, score)
-        after = lay_out(places, queues, layout.num_tokens + num_new, turning=self.turns)
-        target = np.flatnonzero((held != own).any(0))
-        return Moves(after, target, held[:, target].reshape(num_layers, num_heads, -1))
+            self._enter(layout.num_tokens + number, layout.end + number, queues, entry)
+        after = lay_out(places, queues, layout.num_tokens + num_new, entry.rotation, turning=self.turns)
+        target, source = entry.moves()
+        source = source.reshape(num_layers, -1, len(target))
+        return Moves(after, target, np.broadcast_to(source, (num_layers, num_heads, len(target))))
 
-    def _enter(self, position: int, slot: int, queues: list[Queue], held: Ints, score: Floats) -> None:
-        """Token `position`, in `slot`, finds its place: `held` [n, S] of heads whose slots score [n, S]."""
-        rows, comer = np.arange(len(held)), np.full(len(held), slot)
+    def _enter(self, position: int, slot: int, queues: list[Queue], entry: Entry) -> None:
+        """Token `position`, in `slot`, finds its place."""
+        comer: int | Ints = slot
         if position < self.sinks:
-            held[:, position] = comer
+            entry.put(position, comer, position)
             return
+        num_pushes, meets = self._way(position, queues)
+        for queue in queues[:num_pushes]:
+            leaver = entry.at(queue.oldest)
+            entry.put(queue.push(), comer, self.sinks + queue.taken - 1)
+            comer = leaver
+        if meets:
+            queue = queues[num_pushes]
+            entry.replace(queue.newest, comer, entry.at(self._rival(queue)))
+
+    def _way(self, position: int, queues: list[Queue]) -> tuple[int, bool]:
+        """How many queues take one more, each what the one before pushed out; whether the next compares the last."""
         since = position - self.sinks
+        if since < 0:
+            return 0, False
         filling = self.eager_fill and since < sum(queue.size for queue in queues)
         for number, queue in enumerate(queues):
             if queue.stored and since % 2**number and not filling:
-                rival = held[:, queue.newest if self.mode == "paper" else queue.oldest]
-                wins = score[rows, comer] >= score[rows, rival]
-                held[wins, queue.newest] = comer[wins]
-                return
+                return number, True
             if not queue.is_full:
-                held[:, queue.push()] = comer
-                return
-            leaver = held[:, queue.oldest].copy()
-            held[:, queue.push()] = comer
-            comer = leaver
+                return number + 1, False
+        return len(queues), False
+
+    def _rival(self, queue: Queue) -> int:
+        return queue.newest if self.mode == "paper" else queue.oldest

@@ -8,24 +8,19 @@ itself. While decoding each token is a stride.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvwise.methods.retention.base import Kept, PromptView, Retention
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Neighbouring slots that are in use. Queries turn by `turn` positions before they meet its keys."""
 
     start: int
@@ -49,21 +44,6 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class StrideView:
-    """The slots of B requests after a stride.
-
-    `mass` float32 [B, L, H, S] is the attention each slot received in the stride, summed over the G query heads of its
-    KV head, each row counting `row_decay` times as much as the next; `columns` of that shape are the method's own, 0
-    where a token is new. `num_rows` int64 [B] is the length of the stride.
-    """
-
-    mass: Tensor
-    columns: Mapping[str, Tensor]
-    num_rows: Tensor
-    group: int
-
-
-@dataclass(frozen=True, slots=True)
 class Moves:
     """What a method makes of a stride: the token in slot `source[l, h, i]` goes to slot `target[i]`, all at once.
 
@@ -78,9 +58,13 @@ class Moves:
 
 @dataclass(frozen=True)
 class Strided(Retention):
-    """A method that decides after every stride. Its `columns` hold a number of its own for every slot."""
+    """A method that decides after every stride, by the attention that slots have received.
 
-    columns: ClassVar[tuple[str, ...]] = ()
+    That is their *mass*: summed over all rows since a token came and over the G query heads of its KV head, each row
+    counting `row_decay` times as much as the next, up to a factor that all slots of a request share at a time. So none
+    of it is touched as time passes, and of the slots of a stride only those are read that the method asks for.
+    """
+
     needs_mass: ClassVar[bool] = True
 
     @property
@@ -107,12 +91,12 @@ class Strided(Retention):
         """Nothing is kept yet of a request with such a prompt."""
 
     @abstractmethod
-    def updated(self, view: StrideView) -> Mapping[str, Tensor]:
-        """The columns after a stride, before anything moves."""
+    def asks(self, layout: Layout, num_new: int) -> Ints:
+        """The slots [n] whose mass `arrange` wants to see; the stride's tokens are from `end` on."""
 
     @abstractmethod
-    def arrange(self, layout: Layout, num_new: int, columns: Mapping[str, Floats]) -> Moves:
-        """Take in the `num_new` tokens of a stride; the columns [L, H, S] are up to date."""
+    def arrange(self, layout: Layout, num_new: int, mass: Floats) -> Moves:
+        """Take in the `num_new` tokens of a stride; `mass` float32 [L, H, n] of the slots asked for."""
 
     def keep(self, view: PromptView) -> Kept:
         """Never asked."""
