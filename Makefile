@@ -32,6 +32,7 @@ docs: install
 	$(BIN)/python -m kvwise.models.support > docs/models.md
 	$(BIN)/python -m kvwise.tasks.page > docs/tasks.md
 	$(BIN)/python -m kvwise.methods.page > docs/methods.md
+	$(BIN)/python -m kvwise.server.metrics_page > docs/observability.md
 
 install: $(STAMP)
 

@@ -5,11 +5,14 @@ from dataclasses import replace
 from math import inf
 
 import numpy as np
+import numpy.typing as npt
 
+from kvwise.cache.ages import AgeFigures
 from kvwise.cache.events import Event
 from kvwise.cache.identity import PrefixKeys
 from kvwise.cache.lookup import num_found
 from kvwise.cache.misses import MissReason
+from kvwise.cache.occupancy import occupancy
 from kvwise.cache.pool import BlockPool
 from kvwise.cache.store import BlockStore
 from kvwise.cache.tables import SequenceTables
@@ -38,6 +41,10 @@ class Figures:
     def miss_counts(self) -> Mapping[MissReason, int]:
         """Admitted requests by what stopped their run of hits."""
         return dict(self._store.ledger.counts)
+
+    def block_ages(self) -> AgeFigures:
+        """How old blocks got, lay idle before they were evicted, and were hit again; since the start."""
+        return self._store.ages.figures()
 
     @property
     def num_lost_events(self) -> int:
@@ -77,6 +84,10 @@ class Figures:
     def num_resident(self, keys: PrefixKeys) -> int:
         """Blocks of the leading run of `keys` that are published and not expired. Changes nothing."""
         return num_found(self._store, keys, len(keys))
+
+    def occupancy(self, soon_s: float = 60.0) -> npt.NDArray[np.uint8]:
+        """What holds each block (`occupancy.Holder`), uint8 [num_blocks]; EXPIRING within `soon_s` seconds."""
+        return occupancy(self._store, self._store.clock.now() + soon_s)
 
     def usage(self) -> Usage:
         """Where the blocks and pages are; O(1)."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvwise.cache.ages import BlockAges
 from kvwise.cache.deadlines import Floats
 from kvwise.cache.events import AllBlocksCleared, BlocksRemoved, BlocksStored, EventLog
 from kvwise.cache.lanes import Int32, Lanes
@@ -66,6 +67,7 @@ class BlockStore:
         self.clock = clock
         self.index = PrefixIndex(pool.num_blocks)
         self.lifecycle = Lifecycle(pool.num_blocks)
+        self.ages = BlockAges(pool.num_blocks)
         self.ledger = Ledger(capacity=max(4 * pool.num_blocks, 1024))
         self.events = EventLog(max_events)
         self.quotas = Quotas(quotas)
@@ -104,10 +106,16 @@ class BlockStore:
         """A new request hit the published `blocks`: one more reference each."""
         self._refer(blocks)
         self.policy.touch(blocks)
-        self.lifecycle.expiry.hit(blocks, self.clock.now())
+        now = self.clock.now()
+        self.lifecycle.expiry.hit(blocks, now)
+        self.ages.hit(blocks, now)
 
     def let_go(self, blocks: Blocks) -> None:
-        """Drop one reference of each block; the last one makes it idle if it is published, else free."""
+        """A sequence drops its reference of each block; the last one makes it idle if it is published, else free."""
+        self.ages.let_go(blocks, self.clock.now())
+        self._drop(blocks)
+
+    def _drop(self, blocks: Blocks) -> None:
         gone = self.pool.drop(blocks)
         published = self.index.keyed[gone]
         idle = gone[published]
@@ -127,7 +135,7 @@ class BlockStore:
             raise InvariantError(f"blocks {blocks.tolist()} are not all held: each hold is let go exactly once")
         self.held[blocks] -= 1
         self.num_held -= int(np.count_nonzero(self.held[blocks] == 0))
-        self.let_go(blocks)
+        self._drop(blocks)
 
     def publish(self, new: Publication) -> None:
         """Make blocks matchable whose bytes are written; one whose key is taken, or over its quota, stays private."""
@@ -145,6 +153,7 @@ class BlockStore:
         if not new.keys:
             return
         self.index.keyed[new.blocks] = True
+        self.ages.publish(new.blocks, now)
         ids = new.blocks.tolist()
         for block, terms in zip(ids, new.terms, strict=True):
             self.terms[block] = terms
@@ -246,5 +255,6 @@ class BlockStore:
         self.num_idle -= len(idle)
         self.pool.push(idle)
         now = self.clock.now()
+        self.ages.leave(blocks, now, evicted=reason is RemovalReason.EVICTED)
         self.ledger.note(keys, reason, now)
         self.events.append(BlocksRemoved(now, tuple(keys), tuple(ids), reason))

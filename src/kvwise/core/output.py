@@ -42,7 +42,7 @@ class RequestMetrics:
     finished: float | None = None
     token_times: list[float] = field(default_factory=list)
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, found on the device or brought back from below
     num_keyed_tokens: int = 0  # of the prompt, in full blocks that others may find: those not found are written
     num_preemptions: int = 0
     miss: str | None = None

@@ -355,6 +355,10 @@ class Engine:
         most = self.max_model_len
         return most if self.memory.placement.settles else min(most, self.memory.cache.most_tokens)
 
+    def first_samples(self) -> list[Sequence]:
+        """The first sample of every request that has not ended, to be read only, and only between two steps."""
+        return [sequences[0] for sequences in self._requests.values()]
+
     def stats(self) -> EngineStats:
         """Figures of this moment."""
         usage, cache = self.memory.cache.usage(), self.memory.cache

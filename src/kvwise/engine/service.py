@@ -277,6 +277,11 @@ class EngineService:
         return [self._thread.snapshots[name] for name in self.strategies]
 
     @property
+    def retired(self) -> list[EngineSnapshot]:
+        """The last figures of engines that a switch has replaced, oldest first."""
+        return list(self._thread.retired)
+
+    @property
     def listeners(self) -> list[Callable[[Sequence[RequestOutput]], None]]:
         """Called on the engine's thread with each step's outputs; must be quick, and must not raise."""
         return self._thread.listeners

@@ -1,10 +1,11 @@
 """What a service is asked and what it says: requests, limits, states, figures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
+from kvwise.cache.ages import AgeFigures
 from kvwise.cache.scopes import Scope
 from kvwise.cache.ttl import NO_TTL, Ttl
 from kvwise.core.errors import KvwiseError
@@ -75,6 +76,13 @@ class Generate:
         return self.params.n if isinstance(self.params, SamplingParams) else len(self.params)
 
 
+class Moved(NamedTuple):
+    """Bytes that were read from a tier and written to it."""
+
+    loaded: int = 0
+    stored: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
     """Figures of one engine, at most a tenth of a second old. Counters since its start."""
@@ -85,3 +93,5 @@ class EngineSnapshot:
     misses: Mapping[str, int]  # admitted requests by what stopped their run of hits
     num_evicted: int
     num_leaked: int  # blocks that are held though no request runs and no transfer is on its way
+    ages: AgeFigures = field(default_factory=AgeFigures)
+    moved: Mapping[str, Moved] = field(default_factory=dict)  # by tier below the device

@@ -12,7 +12,7 @@ from kvwise.core.clock import Clock
 from kvwise.core.errors import InvariantError
 from kvwise.core.output import FinishReason, RequestOutput
 from kvwise.engine.engine import Engine
-from kvwise.engine.serving import EngineSnapshot, Generate
+from kvwise.engine.serving import EngineSnapshot, Generate, Moved
 from kvwise.engine.stream import News
 
 _log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class EngineThread:
         self.lanes = dict(lanes)
         self.listeners: list[Callable[[Sequence[RequestOutput]], None]] = []
         self.snapshots: dict[str, EngineSnapshot] = {}
+        self.retired: list[EngineSnapshot] = []  # the last figures of engines that were replaced, oldest first
         self.busy_since: float | None = None  # when the step that is running began
         self.is_broken = False  # a promise of some cache does not hold
         self.rate = 0.0  # tokens a second that the engines compute, lately
@@ -138,9 +139,12 @@ class EngineThread:
 
     def replace(self, lane: Lane, make: Callable[[], Engine]) -> Lane:
         """Another engine in the place of one without requests: its lane."""
+        self._note_figures(lane)
+        last = self.snapshots[lane.name]
         lane.engine.close()
         engine = make()
         fresh = Lane(str(engine.strategy), engine)
+        self.retired.append(last)
         self._note_figures(fresh)
         self.lanes = {fresh.name: fresh, **{name: one for name, one in self.lanes.items() if one is not lane}}
         return fresh
@@ -217,7 +221,8 @@ class EngineThread:
 
     def _note_figures(self, lane: Lane) -> None:
         engine, cache = lane.engine, lane.engine.memory.cache
-        usage = cache.usage()
+        usage, hierarchy = cache.usage(), engine.memory.hierarchy
+        below = () if hierarchy is None else hierarchy.tiers
         resting = not engine.has_unfinished() and not usage.num_held
         self.snapshots[lane.name] = EngineSnapshot(
             lane.name,
@@ -226,6 +231,8 @@ class EngineThread:
             {str(reason): count for reason, count in cache.miss_counts.items()},
             cache.num_evicted,
             usage.num_referenced + usage.num_broken if resting else 0,
+            cache.block_ages(),
+            {tier.name: Moved(tier.read_pace.num_bytes, tier.write_pace.num_bytes) for tier in below},
         )
 
 
