@@ -197,3 +197,17 @@ def test_random_operations_against_plain_sets(clock):
             purge, shared = sessions.purge_list(name)
             assert (set(purge), set(shared)) == (used[name] - live, used[name] & live)
             assert len(purge) + len(shared) == len(used[name])
+
+
+def test_no_more_are_open_than_may_be(clock):
+    registry = Sessions(clock, max_closed=3, max_open=4)
+    for number in range(4):
+        registry.open(f"s{number}")
+        clock.advance(1)
+    registry.use("s0", [b"k"])
+    registry.running("r", [b"q"], "s1")
+    registry.open("s4")
+    assert [info.session for info in registry.sessions() if info.is_open] == ["s0", "s1", "s3", "s4"]
+    assert not registry.is_open("s2")
+    assert registry.is_open("s1")
+    assert not registry.is_open("nobody")

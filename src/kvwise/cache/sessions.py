@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from math import inf
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from kvwise.core.clock import Clock
 from kvwise.core.errors import UsageError
 
 _MOST_CLOSED = 1000
+_MOST_OPEN = 100_000
+_CLOSED_AT_ONCE = 100  # a hundredth of the open ones leaves when there are too many
 
 
 class SessionInfo(NamedTuple):
@@ -47,12 +50,14 @@ class Sessions:
     """Registry of who holds a key: open sessions, running requests, pins. It knows keys only, in whatever tier.
 
     A closed session holds nothing, but its keys are remembered, of the `max_closed` that closed last, so that it can
-    still be purged. A session whose own time to live is over closes by itself. Not thread-safe.
+    still be purged. A session whose own time to live is over closes by itself; if more than `max_open` are open, those
+    that have been idle for longest do. Not thread-safe.
     """
 
-    def __init__(self, clock: Clock, *, max_closed: int = _MOST_CLOSED) -> None:
+    def __init__(self, clock: Clock, *, max_closed: int = _MOST_CLOSED, max_open: int = _MOST_OPEN) -> None:
         self._clock = clock
         self._max_closed = max_closed
+        self._max_open = max_open
         self._sessions: dict[str, _Session] = {}
         self._closed: dict[str, None] = {}  # first closed first
         self._holders: dict[bytes, set[str]] = {}
@@ -79,6 +84,8 @@ class Sessions:
             del self._closed[session]
         known.ttl, known.used_at = ttl, now
         self._soonest = min(self._soonest, known.closes_at)
+        if len(self._sessions) - len(self._closed) > self._max_open:
+            self._close_idle(session)
 
     def use(self, session: str, keys: Sequence[bytes], parent: bytes = b"") -> None:
         """The session matched or published `keys`, a run of one chain behind `parent`; its idle time starts anew.
@@ -166,6 +173,12 @@ class Sessions:
             for name, s in self._sessions.items()
         ]
 
+    def is_open(self, session: str) -> bool:
+        """Whether it holds what it used."""
+        self._close_due()
+        known = self._sessions.get(session)
+        return known is not None and known.is_open
+
     def tenant_of(self, session: str) -> str:
         """The session's tenant; UsageError if it is unknown."""
         return self._require(session).tenant
@@ -210,6 +223,13 @@ class Sessions:
             holders.discard(session)
             if not holders:
                 del self._holders[key]
+
+    def _close_idle(self, besides: str) -> None:
+        """Close some of those that nobody has used for longest."""
+        idle = [(s.used_at, name) for name, s in self._sessions.items() if s.is_open and not s.requests]
+        for _, name in nsmallest(max(1, self._max_open // _CLOSED_AT_ONCE), idle):
+            if name != besides:
+                self._close(name, self._sessions[name])
 
     def _close_due(self) -> float:
         """Close the sessions whose time is over; the time now. O(1) if none is."""

@@ -9,6 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvwise.cli.remote import (
+    KeyFile,
+    PromptFile,
+    PromptText,
+    ServerUrl,
+    clear_there,
+    list_there,
+    one_place,
+    pin_there,
+    prompt_of,
+    purge_there,
+    remote,
+    stats_there,
+    unpin_there,
+)
 from kvwise.cli.show import show_json, show_rows
 from kvwise.cli.times import pinned_until, show_seconds
 from kvwise.cli.warm import warm
@@ -22,16 +37,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="cache",
-    help="Look after the KV that a disk, redis or object tier keeps, also beside a live server.",
+    help="Look after KV: what a disk, redis or object tier keeps (--tier), also beside a live server, or what a "
+    "running server keeps on its device and below (--server). ls, stats, warm, pin, unpin and purge work on both; "
+    "verify and gc on a tier; clear on a server. A tier is asked by KEYs, a server by prompts.",
     no_args_is_help=False,
 )
 
 TierText = Annotated[str, typer.Option("--tier", help="Such as 'disk(path=/var/cache/kvwise)'.")]
+TierOrServer = Annotated[str | None, typer.Option("--tier", help="Such as 'disk(path=/var/cache/kvwise)'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY]...", help="Hex digits of keys, as ls prints them.")]
 All = Annotated[bool, typer.Option("--all", help="All records.")]
-Session = Annotated[str | None, typer.Option(help="Records that a session stored.")]
-Tenant = Annotated[str | None, typer.Option(help="Records that a tenant (a salt) stored.")]
+Session = Annotated[str | None, typer.Option(help="What a session stored.")]
+Tenant = Annotated[str | None, typer.Option(help="Of a tenant: in a tier its salt, at a server its name.")]
 Until = Annotated[str | None, typer.Option(help="When the pin ends: 2030-01-31T12:00, or Unix seconds.")]
 For = Annotated[str | None, typer.Option("--for", help="How long the pin holds: 15m, 2h, 7d.")]
 
@@ -40,11 +58,18 @@ app.command("warm")(warm)
 
 @app.command("ls")
 def list_records(
-    tier: TierText,
+    tier: TierOrServer = None,
     limit: Annotated[int, typer.Option(help="Records shown; 0: all.")] = 50,
+    server: ServerUrl = None, key_file: KeyFile = None, prompt: PromptText = None, prompt_file: PromptFile = None,
+    tenant: Annotated[str | None, typer.Option(help="Whose prompt it is (with --server).")] = None,
     as_json: Json = False,
-) -> None:
-    """List records, grouped by model, codec and owner."""
+) -> None:  # fmt: skip
+    """List a tier's records, or a server's sessions; with --prompt where its blocks are."""
+    one_place(tier, server, only_server={"--prompt": prompt, "--prompt-file": prompt_file, "--tenant": tenant})
+    if server is not None:
+        list_there(remote(server, key_file), prompt, prompt_file, tenant, as_json=as_json)
+        return
+    assert tier is not None
     if limit < 0:
         raise UsageError(f"--limit {limit} must be 0 (all) or more")
     with _open(tier) as shelf:
@@ -63,11 +88,18 @@ def list_records(
 
 @app.command()
 def pin(
-    tier: TierText, keys: Keys = None, everything: All = False, session: Session = None, tenant: Tenant = None,
-    until: Until = None, duration: For = None, as_json: Json = False,
+    keys: Keys = None, tier: TierOrServer = None, everything: All = False, session: Session = None,
+    tenant: Tenant = None, until: Until = None, duration: For = None, server: ServerUrl = None,
+    key_file: KeyFile = None, prompt: PromptText = None, prompt_file: PromptFile = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Keep records from eviction and purge. A KEY pins the whole prefix that ends with it."""
+    """Keep records from eviction and purge. A KEY pins the whole prefix that ends with it, a server a --prompt."""
+    one_place(tier, server, only_server={"--prompt": prompt, "--prompt-file": prompt_file})
     end = pinned_until(until, duration)
+    if server is not None:
+        _only_prompts(keys, everything, session)
+        pin_there(remote(server, key_file), prompt, prompt_file, tenant, end, as_json=as_json)
+        return
+    assert tier is not None
     with _open(tier) as shelf:
         chosen = _chosen(shelf, keys, everything, session, tenant, whole_prefix=True)
         shelf.pin([record.key for record in chosen], end)
@@ -77,10 +109,17 @@ def pin(
 
 @app.command()
 def unpin(
-    tier: TierText, keys: Keys = None, everything: All = False, session: Session = None, tenant: Tenant = None,
-    as_json: Json = False,
+    keys: Keys = None, tier: TierOrServer = None, everything: All = False, session: Session = None,
+    tenant: Tenant = None, server: ServerUrl = None, key_file: KeyFile = None, prompt: PromptText = None,
+    prompt_file: PromptFile = None, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """End pins. A KEY ends those of the whole prefix that ends with it."""
+    """End pins. A KEY ends those of the whole prefix that ends with it, at a server a --prompt its own."""
+    one_place(tier, server, only_server={"--prompt": prompt, "--prompt-file": prompt_file})
+    if server is not None:
+        _only_prompts(keys, everything, session)
+        unpin_there(remote(server, key_file), prompt, prompt_file, tenant, as_json=as_json)
+        return
+    assert tier is not None
     with _open(tier) as shelf:
         chosen = _chosen(shelf, keys, everything, session, tenant, whole_prefix=True)
         ended = shelf.unpin(shelf.pins() if everything else [record.key for record in chosen])
@@ -89,22 +128,35 @@ def unpin(
 
 @app.command()
 def purge(
-    tier: TierText,
+    tier: TierOrServer = None,
     session: Session = None,
     tenant: Tenant = None,
     prefix: Annotated[list[str] | None, typer.Option(help="A KEY and all that continues it; may be repeated.")] = None,
     everything: All = False,
     with_pinned: Annotated[bool, typer.Option("--with-pinned", help="Pinned records too.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    server: ServerUrl = None, key_file: KeyFile = None, prompt: PromptText = None, prompt_file: PromptFile = None,
     as_json: Json = False,
-) -> None:
-    """Delete records, overwriting their bytes; then look them up again. Exit 1 if any is still there."""
+) -> None:  # fmt: skip
+    """Delete records, overwriting their bytes; then look them up again. Exit 1 if any is still there.
+
+    At a server --tenant alone names all that is the tenant's; with --session or --prompt, whose that is.
+    """
+    one_place(tier, server, only_server={"--prompt": prompt, "--prompt-file": prompt_file})
+    if server is not None:
+        if prefix or with_pinned:
+            raise UsageError("--prefix and --with-pinned are for a tier: a server is asked by --prompt, and pins end")
+        text = None if prompt is None and prompt_file is None else prompt_of(prompt, prompt_file)
+        what = {"everything": everything or None, "session": session, "tenant": tenant, "prompt": text}
+        _confirm(yes, "Delete this for good?")
+        purge_there(remote(server, key_file), what, as_json=as_json)
+        return
+    assert tier is not None
     with _open(tier) as shelf:
         wanted = _chosen(shelf, prefix, everything, session, tenant, whole_prefix=False)
         pins = {} if with_pinned else shelf.pins()
         chosen = [record for record in wanted if record.key not in pins]
-        if not yes and sys.stdin.isatty() and sys.stdout.isatty():
-            typer.confirm(f"Delete {len(chosen)} records, {_bytes(chosen)} bytes, for good?", abort=True)
+        _confirm(yes, f"Delete {len(chosen)} records, {_bytes(chosen)} bytes, for good?")
         failed = shelf.remove(chosen)
         again = shelf.still_there(chosen)
         shelf.tidy_pins(shelf.records())
@@ -120,6 +172,14 @@ def purge(
     _tell(as_json, facts, f"{len(gone)} records, {_bytes(gone)} bytes {how}{kept}; {proof}")
     if again or failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def clear(server: ServerUrl = None, key_file: KeyFile = None, as_json: Json = False) -> None:
+    """Empty the device's cache of a running server: nothing there is found any more. Its tiers keep what they have."""
+    if server is None:
+        raise UsageError("clear is for a running server: name --server (a tier is emptied by purge --all)")
+    clear_there(remote(server, key_file), as_json=as_json)
 
 
 @app.command()
@@ -187,8 +247,13 @@ def gc(tier: TierText, as_json: Json = False) -> None:
 
 
 @app.command()
-def stats(tier: TierText, as_json: Json = False) -> None:
-    """Count records and bytes, by model, codec and tenant."""
+def stats(tier: TierOrServer = None, server: ServerUrl = None, key_file: KeyFile = None, as_json: Json = False) -> None:
+    """Count a tier's records and bytes, by model, codec and tenant; or tell a server's figures."""
+    one_place(tier, server)
+    if server is not None:
+        stats_there(remote(server, key_file), as_json=as_json)
+        return
+    assert tier is not None
     with _open(tier) as shelf:
         records, now, on_medium = shelf.records(), time.time(), shelf.store.num_bytes()
         expired, pins = sum(map(shelf.expired, records)), shelf.pins()
@@ -252,6 +317,17 @@ def _chosen(
     if tenant is not None:
         return [record for record in records if record.tenant == tag(tenant)]
     return records
+
+
+def _only_prompts(keys: list[str] | None, everything: bool, session: str | None) -> None:
+    if keys or everything or session is not None:
+        raise UsageError("a server is asked by --prompt: KEYs, --all and --session of pins are for a tier")
+
+
+def _confirm(yes: bool, question: str) -> None:
+    """Ask, where somebody is there to be asked."""
+    if not yes and sys.stdin.isatty() and sys.stdout.isatty():
+        typer.confirm(question, abort=True)
 
 
 def _bytes(records: Iterable["Header"]) -> int:

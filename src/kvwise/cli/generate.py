@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvwise.cli.times import parse_seconds
 from kvwise.core.errors import RequestError, UsageError
 from kvwise.core.output import EngineStats, RequestOutput
 from kvwise.core.params import SamplingParams
-from kvwise.core.sizes import parse_bytes, parse_link
+from kvwise.core.sizes import parse_bytes, parse_link, parse_seconds
 from kvwise.core.tiering import parse_tier
 
 if TYPE_CHECKING:

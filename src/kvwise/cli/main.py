@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kvwise import __version__
-from kvwise.cli import cache, calibrate, generate, study, train
+from kvwise.cli import bench, cache, calibrate, generate, keys, serve, study, train
 from kvwise.cli.methods import methods as list_methods
 from kvwise.core.errors import KvwiseError, UsageError
 
@@ -48,11 +48,15 @@ def _root(
 
 
 app.command("generate")(generate.generate)
+app.command("serve", context_settings=serve.ENVIRONMENT)(serve.serve)
 app.command("methods")(list_methods)
 app.add_typer(study.app, name="study")
 app.add_typer(cache.app, name="cache")
+app.add_typer(serve.config_app, name="config")
+app.add_typer(keys.app, name="keys")
 app.add_typer(train.app, name="train")
 app.add_typer(calibrate.app, name="calibrate")
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

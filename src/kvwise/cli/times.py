@@ -6,19 +6,9 @@ from datetime import datetime
 from math import inf, isfinite
 
 from kvwise.core.errors import UsageError
+from kvwise.core.sizes import parse_seconds
 
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def parse_seconds(text: str, option: str) -> float:
-    """Read a duration such as `90`, `90s`, `15m`, `2h` or `7d` -> seconds, above 0."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smhdw]?)\s*", text)
-    if match is None:
-        raise UsageError(f"{option} {text!r} is no duration; write a number with a unit, such as 90s, 15m, 2h or 7d")
-    seconds = float(match[1]) * _UNITS[match[2]]
-    if not 0 < seconds < inf:
-        raise UsageError(f"{option} {text!r} must be more than 0 seconds")
-    return seconds
+_UNITS = {"m": 60, "h": 3600, "d": 86400}
 
 
 def parse_moment(text: str, option: str) -> float:
@@ -48,4 +38,4 @@ def show_seconds(seconds: float) -> str:
     if seconds <= 0:
         return "over"
     unit = next((u for u in ("d", "h", "m") if seconds >= _UNITS[u]), "s")
-    return f"{int(seconds / _UNITS[unit])}{unit}"
+    return f"{int(seconds / _UNITS.get(unit, 1))}{unit}"

@@ -1,34 +1,25 @@
-"""`kvwise cache warm`: prefill prompts of a file, so that a tier has their KV before anybody asks."""
+"""`kvwise cache warm`: prefill prompts of a file, so that a tier or server has their KV before anybody asks."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvwise.cli.remote import KeyFile, Remote, ServerUrl, one_place, remote
 from kvwise.cli.show import show_json
-from kvwise.cli.times import parse_seconds, pinned_until
+from kvwise.cli.times import pinned_until
 from kvwise.core.errors import UsageError
-from kvwise.core.sizes import parse_bytes
+from kvwise.core.sizes import parse_bytes, parse_seconds
 from kvwise.core.tiering import parse_tier
+from kvwise.engine.warm_file import Line, read_lines
 
 if TYPE_CHECKING:
     from kvwise.cache.ttl import Ttl
     from kvwise.engine.engine import Engine
     from kvwise.engine.hierarchy.hierarchy import Hierarchy
-
-_FIELDS = {"prompt", "salt", "session"}
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A prompt (text or token ids) and whose it is."""
-
-    prompt: str | list[int]
-    salt: str = ""
-    session: str = ""
 
 
 @dataclass(slots=True)
@@ -54,9 +45,12 @@ class Warmed:
 
 
 def warm(
+    ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A prompt a line, or JSONL: prompt, salt, session.")],
-    tier: Annotated[str, typer.Option("--tier", help="Such as 'disk(path=/var/cache/kvwise)'.")],
-    model: Annotated[str, typer.Option(help="Folder, hub id, config.json, builtin:recall, or random:13m.")],
+    tier: Annotated[str | None, typer.Option("--tier", help="Such as 'disk(path=/var/cache/kvwise)'.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, hub id, config.json, builtin:recall, random:13m.")] = None,
+    server: ServerUrl = None,
+    key_file: KeyFile = None,
     strategy: Annotated[str, typer.Option(help="Must load; its codec must be the server's.")] = "full+prefix+load",
     pin: Annotated[bool, typer.Option("--pin", help="Keep it from eviction (disk tiers).")] = False,
     until: Annotated[str | None, typer.Option(help="When the pin ends.")] = None,
@@ -72,22 +66,30 @@ def warm(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compute the KV of prompts and store it at once; nothing is generated. Exit 1 if not all of it is resident."""
-    spec, lines = parse_tier(tier), read_lines(file)
-    if spec.kind in ("host", "memory"):
-        raise UsageError(f"tier {spec.kind} ends with this process: warm a disk, redis or object tier")
+    lines = read_lines(file)
     if (until or duration) and not pin:
         raise UsageError("--until and --for say when a pin ends: add --pin")
-    if pin and spec.kind != "disk":
-        raise UsageError(f"tier {spec.kind} keeps no pins: they lie in the folder of a disk tier")
     end = pinned_until(until, duration)
-    settings: dict[str, Any] = {
-        "device": device, "block_size": block_size, "kv_cache_dtype": kv_cache_dtype,
-        "kv_cache_memory_bytes": parse_bytes(kv_cache_memory_bytes) if kv_cache_memory_bytes else None,
-    }  # fmt: skip
     seconds = (
         parse_seconds(ttl, "--ttl") if ttl else None,
         parse_seconds(idle_ttl, "--idle-ttl") if idle_ttl else None,
     )
+    one_place(tier, server)
+    if server is not None:
+        _refuse_engine_options(ctx)
+        warm_there(remote(server, key_file), lines, seconds, end if pin else None, as_json=as_json)
+        return
+    if tier is None or model is None:
+        raise UsageError("name the --model that is to compute what the tier keeps")
+    spec = parse_tier(tier)
+    if spec.kind in ("host", "memory"):
+        raise UsageError(f"tier {spec.kind} ends with this process: warm a disk, redis or object tier")
+    if pin and spec.kind != "disk":
+        raise UsageError(f"tier {spec.kind} keeps no pins: they lie in the folder of a disk tier")
+    settings: dict[str, Any] = {
+        "device": device, "block_size": block_size, "kv_cache_dtype": kv_cache_dtype,
+        "kv_cache_memory_bytes": parse_bytes(kv_cache_memory_bytes) if kv_cache_memory_bytes else None,
+    }  # fmt: skip
     from kvwise.cache.ttl import Ttl
     from kvwise.engine.hierarchy.pins import PinFile
     from kvwise.engine.llm import LLM
@@ -108,6 +110,41 @@ def warm(
     if as_json:
         show_json([asdict(done) for done in warmer.done])
     if not all(done.resident for done in warmer.done):
+        raise typer.Exit(1)
+
+
+_OF_ENGINE = (
+    "model", "strategy", "dtype", "device", "trust_remote_code", "kv_cache_memory_bytes", "kv_cache_dtype",
+    "block_size",
+)  # fmt: skip
+
+
+def _refuse_engine_options(ctx: typer.Context) -> None:
+    """A server has an engine of its own: options of another one would mean nothing."""
+    for name in _OF_ENGINE:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise UsageError(f"--{name.replace('_', '-')} is for a tier: a server has its own engine")
+
+
+def warm_there(
+    there: Remote, lines: Sequence[Line], seconds: tuple[float | None, float | None], pin_end: float | None, *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Have a running server compute prompts, whose salts are names of its tenants. Exit 1 if one is not resident."""
+    pin = {} if pin_end is None else {"pin": True, "until": None if pin_end == inf else pin_end}
+    done = []
+    for number, line in enumerate(lines, 1):
+        whose = {"tenant": line.salt, "session": line.session or None}
+        body = {"prompts": [line.prompt], "ttl_s": seconds[0], "idle_ttl_s": seconds[1], **whose, **pin}
+        for one in there.ask("POST", "/warm", body)["prompts"]:
+            done.append({**one, "prompt": number})
+            if not as_json:
+                result = Warmed(number, one["tokens"], one["computed"], one["loaded"], 0, one["resident"], one["error"])
+                typer.echo(f"{one['strategy']}: {result}")
+    if as_json:
+        show_json(done)
+    if not all(one["resident"] for one in done):
         raise typer.Exit(1)
 
 
@@ -178,37 +215,3 @@ class _Warmer:
         levels = range(len(self._hierarchy.codec.levels))
         keys = [key for chain in self._chains for key in chain if self._hierarchy.find([key])]
         return [self._hierarchy.record_key(key, level) for key in keys for level in levels]
-
-
-def read_lines(file: Path) -> list[Line]:
-    """The prompts of a file: JSONL if each line begins with a brace, else one prompt a line. UsageError for others."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}; name a file of prompts") from None
-    except ValueError:
-        raise UsageError(f"{file} is no UTF-8 text; write one prompt a line, or JSONL") from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
-        raise UsageError(f"{file} holds no prompt; write one a line, or JSONL")
-    if not all(line.lstrip().startswith("{") for _, line in lines):
-        return [Line(line) for _, line in lines]
-    return [_read_json(f"{file}, line {number}", line) for number, line in lines]
-
-
-def _read_json(where: str, text: str) -> Line:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UsageError(f'{where}: no JSON; write {{"prompt": ...}}') from None
-    if "prompt" not in found or (unknown := set(found) - _FIELDS):
-        what = "no prompt" if "prompt" not in found else f"unknown field {min(unknown)!r}"
-        raise UsageError(f"{where}: {what}; fields: prompt, salt, session")
-    prompt = found["prompt"]
-    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    if not (isinstance(prompt, str) or is_ids) or not prompt:
-        raise UsageError(f"{where}: prompt must be text or token ids, and not empty")
-    owner = {name: found.get(name, "") for name in ("salt", "session")}
-    if not all(isinstance(value, str) for value in owner.values()):
-        raise UsageError(f"{where}: salt and session must be text")
-    return Line(prompt, **owner)

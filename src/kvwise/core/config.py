@@ -37,6 +37,7 @@ class EngineConfig:
     tier_deadline_s: float = 10.0  # a transfer that takes longer is given up, and its blocks are computed
     ttl_s: float | None = None  # how long KV may be found, unless a request or session says otherwise
     idle_ttl_s: float | None = None  # likewise, without being used
+    session_idle_s: float = 86_400.0  # a session that nobody has opened by itself is closed when idle for so long
     tenant_quotas: Mapping[str, int] = field(default_factory=dict)  # tenant -> most bytes kept, in each tier
     links: Mapping[str, float] = field(default_factory=dict)  # "host:device" -> bytes per second
     compute_share: float = 1.0  # of the device's time; the rest is slept: a stand-in for other tenants, in studies
@@ -62,6 +63,7 @@ class EngineConfig:
             ("tier_deadline_s", self.tier_deadline_s > 0, "above 0"),
             ("ttl_s", _above_0(self.ttl_s), "above 0"),
             ("idle_ttl_s", _above_0(self.idle_ttl_s), "above 0"),
+            ("session_idle_s", self.session_idle_s > 0, "above 0"),
             ("tenant_quotas", all(n > 0 for n in self.tenant_quotas.values()), "bytes above 0"),
             ("compute_share", 0 < self.compute_share <= 1, "above 0, at most 1"),
             ("links", all(speed > 0 for speed in self.links.values()), "speeds above 0, in bytes per second"),

@@ -1,6 +1,7 @@
-"""Sizes and speeds as people write them."""
+"""Sizes, speeds and durations as people write them."""
 
 import re
+from math import inf
 
 from kvwise.core.errors import UsageError
 
@@ -15,6 +16,9 @@ _UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
+
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def parse_bytes(text: str) -> int:
@@ -36,6 +40,17 @@ def parse_link(text: str) -> tuple[str, float]:
     if speed <= 0:
         raise UsageError(f"link {match[1]}: speed {match[2]} must be above 0")
     return match[1], speed
+
+
+def parse_seconds(text: str, option: str) -> float:
+    """Read a duration such as `90`, `90s`, `15m`, `2h` or `7d` -> seconds, above 0; `option` is its name in errors."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([smhdw]?)\s*", text)
+    if match is None:
+        raise UsageError(f"{option} {text!r} is no duration; write a number with a unit, such as 90s, 15m, 2h or 7d")
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if not 0 < seconds < inf:
+        raise UsageError(f"{option} {text!r} must be more than 0 seconds")
+    return seconds
 
 
 def show_bytes(num_bytes: int) -> str:

@@ -95,6 +95,7 @@ class Lifecycle:
         self._memory = memory
         self._clock = clock
         self._default = Ttl(config.ttl_s, config.idle_ttl_s)
+        self._unstated = Ttl(idle_s=config.session_idle_s)  # of sessions that requests open
         self._tenant_ttls: dict[str, Ttl] = {}
         self._session_ttls: dict[str, Ttl] = {}
         self._warm: dict[str, _Warm] = {}
@@ -112,13 +113,13 @@ class Lifecycle:
     def begin(self, request_id: str, owner: Owner, keys: PrefixKeys) -> Terms:
         """A request was queued: it holds its prompt's blocks from now on. The terms of what it stores.
 
-        A session that nobody has opened is opened by its first request.
+        A session that nobody has opened is opened by its first request, and closed when it has been idle for long.
         """
         if owner.session:
-            known = {info.session: info for info in self.registry.sessions()}
-            if owner.session not in known or not known[owner.session].is_open:
-                self.registry.open(owner.session, owner.tenant, self._session_ttls.get(owner.session, NO_TTL))
-            elif known[owner.session].tenant != owner.tenant:
+            if not self.registry.is_open(owner.session):
+                stated = self._session_ttls.get(owner.session, self._unstated)
+                self.registry.open(owner.session, owner.tenant, stated)
+            elif self.registry.tenant_of(owner.session) != owner.tenant:
                 raise UsageError(f"session {owner.session!r} belongs to another tenant: choose another name")
             self.registry.use(owner.session, keys.chain, keys.root)
         self.registry.running(request_id, keys.chain, owner.session)
@@ -264,6 +265,10 @@ class Lifecycle:
                 self._hierarchy.flush()
                 self._hierarchy.pin(warm.keys.chain, warm.pin_until)
             warm.pinned = True
+
+    def forget_warm(self, request_id: str) -> None:
+        """Whether a warm-up request's blocks stay resident matters to nobody any longer. Its pins stay."""
+        self._warm.pop(request_id, None)
 
     @property
     def ready(self) -> bool:

@@ -119,10 +119,9 @@ class EngineService:
         each = [lane.num_waiting for lane in self._thread.lanes.values()]
         return sum(number for number, _ in each), sum(tokens for _, tokens in each)
 
-    @property
-    def max_request_tokens(self) -> int:
-        """Tokens that a request may come to, prompt and output, under the default strategy."""
-        return self._lane(None).engine.max_request_tokens
+    def max_request_tokens(self, strategy: str | None = None) -> int:
+        """Tokens that a request may come to, prompt and output, under a strategy (None: the default)."""
+        return self._lane(strategy).engine.max_request_tokens
 
     def require_room(self, num_tokens: int = 0) -> None:
         """Overloaded or Unavailable, within microseconds, if a request of `num_tokens` would be refused now."""

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 from kvwise.core.errors import UsageError
 
 NUM_BYTES = 256
 BOS, EOS, PAD = 256, 257, 258
+_BLANK, _BYTE_NAME = "▁", re.compile("<0x[0-9A-F]{2}>")
 UNFINISHED = "�"  # what decoding writes for bytes that are no character, or not yet one
 
 
@@ -26,9 +28,33 @@ class Tokenizer(Protocol):
         """Text of `token_ids`; bytes that are no character become U+FFFD."""
         ...
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation of {"role", "content"}, ready for the assistant's answer."""
         ...
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation; `chat` is `encode_chat` of it. May run a program of the model's author."""
+        ...
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a conversation's text."""
+        ...
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that `text` spells, so that encoding makes it one; None if it spells none."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, by itself; of a special one, its name."""
+        ...
+
+
+@cache
+def byte_letters() -> Mapping[str, int]:
+    """The letter that stands for each byte in vocabularies like GPT-2's: printable Latin-1 for itself, others above."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(NUM_BYTES) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(NUM_BYTES + i): byte for i, byte in enumerate(others)}
 
 
 class ByteTokenizer:
@@ -68,10 +94,26 @@ class ByteTokenizer:
                 data += f"<|{token}|>".encode()
         return data.decode(errors="replace")
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """See Tokenizer."""
+        return self.encode_chat(self.render(messages))
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """`role: content` lines. A template as plain as the tokenizer."""
         turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
-        return self.encode(f"{turns}assistant: ")
+        return f"{turns}assistant: "
+
+    def encode_chat(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        return self.encode(text)
+
+    def special_in(self, text: str) -> str | None:
+        """None: text is bytes, whatever it spells."""
+        return None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See Tokenizer."""
+        return bytes([token_id]) if token_id < NUM_BYTES else f"<|{token_id}|>".encode()
 
 
 class MarkedByteTokenizer(ByteTokenizer):
@@ -92,6 +134,11 @@ class MarkedByteTokenizer(ByteTokenizer):
             start = found.end()
         return tokens + super().encode(text[start:], add_special=False)
 
+    def special_in(self, text: str) -> str | None:
+        """The first mark in `text`."""
+        found = self._pattern.search(text)
+        return None if found is None else found.group()
+
     def name(self, token: int) -> str:
         """The mark that stands for `token`."""
         return next(mark for mark, value in self._marks.items() if value == token)
@@ -105,6 +152,8 @@ class HuggingFaceTokenizer:
         self.bos_token_id: int | None = inner.bos_token_id
         self.eos_token_id: int | None = inner.eos_token_id
         self.pad_token_id: int | None = inner.pad_token_id
+        known = getattr(inner, "added_tokens_decoder", {}).values()
+        self._special = [str(one) for one in known if one.special]
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """See Tokenizer."""
@@ -118,15 +167,43 @@ class HuggingFaceTokenizer:
         text: str = self.inner.decode(token_ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """See `render`."""
+        return self.encode_chat(self.render(messages))
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """By the model's own template; a missing or broken one is a UsageError."""
         if not self.inner.chat_template:
             raise UsageError("the model has no chat template: send the prompt as plain text instead of messages")
         try:
-            text = self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text: str = self.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             raise UsageError(f"the model's chat template failed on these messages: {error}") from error
+        return text
+
+    def encode_chat(self, text: str) -> list[int]:
+        """Nothing is added: a template writes the special tokens itself."""
         return self.encode(text, add_special=False)
+
+    def special_in(self, text: str) -> str | None:
+        """See Tokenizer."""
+        found = [(at, name) for name in self._special if (at := text.find(name)) >= 0]
+        return min(found)[1] if found else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See Tokenizer. Vocabularies of bytes (GPT-2's letters, or `<0xE4>`) tell bytes that are no character."""
+        name: str | None = self.inner.convert_ids_to_tokens(token_id)
+        if name is None:
+            return b""
+        if _BYTE_NAME.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        if _BLANK in name and name not in self._special:  # sentencepiece's blank, which decoding by itself would drop
+            return name.replace(_BLANK, " ").encode()
+        text = self.decode([token_id], skip_special=False)
+        letters = byte_letters()
+        if UNFINISHED in text and all(letter in letters for letter in name):
+            return bytes(letters[letter] for letter in name)
+        return text.encode()
 
 
 class WordTokenizer(HuggingFaceTokenizer):

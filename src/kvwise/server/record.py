@@ -19,7 +19,10 @@ class RequestRecord:
     arrival: float
     user: str = ""  # as the client says
     session: str = ""
+    traceparent: str = ""  # as the client sent it (W3C Trace Context)
+    prompt: str = ""  # its text; only where the settings let it into the log
     num_prompt: int = 0  # tokens, all prompts of the request
+    num_cached: int = 0  # of these, found in the cache, as the answer's usage says
     num_output: int = 0  # tokens, all samples so far
     status: int = 0  # HTTP; 0: not decided yet
     error: str | None = None  # its code or type, never a text of the request
