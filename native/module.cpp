@@ -219,6 +219,7 @@ float read_memory(const std::string& set, uintptr_t address, int64_t num_floats,
 
 NB_MODULE(_native, m) {
     m.doc() = "Native CPU kernels of kvwise; use kvwise.kernels, not this module.";
+    nb::set_leak_warnings(false);  // what a process holds when it ends is no leak: a server that is killed holds all
     m.def("instruction_sets", &kvwise::instruction_sets);
     m.def("read_memory", &kvwise::read_memory);
     kvwise::bind_attend(m);

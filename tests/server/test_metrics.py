@@ -23,6 +23,7 @@ from kvwise.server.context import Server
 from kvwise.server.metric_table import ENGINE_METRICS, METRICS, Kind, one_two_five
 from kvwise.server.metrics import Metrics, routes
 from kvwise.server.metrics_page import document
+from tests.server.conftest import Served, key_file
 from tests.server.telling import GREEDY, a_load, a_record, ask, read, some_metrics, started, until
 
 Make = Callable[..., Server]
@@ -537,3 +538,15 @@ def test_infinities_and_huge_times_do_no_harm(observed: Any) -> None:
     assert math.isfinite(told["kvwise:e2e_request_latency_seconds_sum"])
     assert len(ENGINE_METRICS) > 20
     assert GREEDY.max_tokens == 8
+
+
+def test_with_tenants_the_page_needs_the_operators_key(serve_http: Callable[..., Served], tmp_path: Path) -> None:
+    (tmp_path / "admin").write_text("the-operators-own-key")
+    (tmp_path / "admin").chmod(0o600)
+    files = {"keys_file": key_file(tmp_path, a="one", b="two"), "admin_key_file": tmp_path / "admin"}
+    locked = serve_http(settings=files)
+    for key, status in (("one", 401), ("the-operators-own-key", 200)):
+        answer = httpx.get(f"{locked.url}/metrics", headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == status
+    assert httpx.get(f"{locked.url}/metrics").json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{serve_http(settings=files | {'open_metrics': True}).url}/metrics").status_code == 200

@@ -1,6 +1,6 @@
 """`kvwise serve`: an OpenAI-compatible server in front of a model; `kvwise config show`: its settings."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +81,9 @@ class ServeOptions:
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics", help="Metrics under vLLM's names too.", rich_help_panel=WATCHING)
     ] = False
+    open_metrics: Annotated[
+        bool, typer.Option("--open-metrics", help="/metrics needs no key beside --keys.", rich_help_panel=WATCHING)
+    ] = False
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Prompts in the log.", rich_help_panel=WATCHING)
     ] = False
@@ -109,6 +112,7 @@ class ServeOptions:
             insecure=self.insecure,
             log_prompts=self.log_prompts,
             vllm_metrics=self.vllm_metrics,
+            open_metrics=self.open_metrics,
             otlp_endpoint=self.otlp_endpoint,
             warm_file=self.warm,
             live=self.live,
@@ -148,11 +152,14 @@ def serve(options: ServeOptions, engine: EngineOptions, config: Config = None) -
     assert options.model is not None
     model = options.model
 
+    tenants = Tenants.open(settings, api_keys=options.api_key or ())
+    engine_config = replace(engine_config, tenant_quotas={**engine_config.tenant_quotas, **tenants.cached_bytes})
+
     def load() -> "EngineService":
         return EngineService(engine.load(model), strategies, engine_config, limits)
 
     with logging_to():
-        run(settings, Tenants.open(settings, api_keys=options.api_key or ()), load, _announce)
+        run(settings, tenants, load, _announce)
 
 
 @config_app.command("show", context_settings=ENVIRONMENT)

@@ -254,6 +254,7 @@ class Engine:
         """Schedule, run, commit: one forward pass for every request that can go on."""
         self.idle()
         schedule = self._scheduler.schedule()
+        self._finisher.fail(self._scheduler.take_failures())
         if schedule:
             self._run(schedule)
         elif self._loads:
@@ -278,12 +279,12 @@ class Engine:
         schedule = [item for item in schedule if item.sequence.row is not None]
         if not schedule:
             return
-        batch = self._builder.build(schedule, shown)
-        began = self.clock.now()
         try:
+            batch = self._builder.build(schedule, shown)
+            began = self.clock.now()
             logits = self._runner.run(batch)
         except Exception as error:  # the model or the memory gave out: only this step's requests fail
-            self._finisher.fail([(s.sequence, error) for s in batch.order])
+            self._finisher.fail([(s.sequence, error) for s in schedule])
             return
         if self._loads is not None:
             self._loads.note_step([(s.sequence, s.num_tokens) for s in batch.order], self.clock.now() - began)

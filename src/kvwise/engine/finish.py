@@ -64,9 +64,13 @@ class Finisher:
             rows += [(twin, row) for twin in self._fork(sequence)]
         if not rows:
             return
-        index = [row for _, row in rows]
-        picked = logits if index == list(range(len(logits))) else logits[torch.tensor(index, device=logits.device)]
-        chosen = sample(picked, [s.sampler for s, _ in rows])
+        try:
+            index = [row for _, row in rows]
+            picked = logits if index == list(range(len(logits))) else logits[torch.tensor(index, device=logits.device)]
+            chosen = sample(picked, [s.sampler for s, _ in rows])
+        except Exception as error:  # the memory gave out: those that wait, or are in mid-prompt, go on
+            self.fail([(s, error) for s, _ in rows])
+            return
         now = self._clock.now()
         for (sequence, row), found in zip(rows, chosen, strict=True):
             if not self._observed(sequence, logits[row]):

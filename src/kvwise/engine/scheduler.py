@@ -9,6 +9,7 @@ import numpy as np
 from kvwise.cache.manager import CacheManager, Match
 from kvwise.core.clock import Clock
 from kvwise.core.config import EngineConfig
+from kvwise.core.errors import InvariantError
 from kvwise.engine.hierarchy.loads import Loads
 from kvwise.engine.hierarchy.storing import Storing
 from kvwise.engine.placement.base import Placement, ReadsInStrides
@@ -51,6 +52,7 @@ class Scheduler:
         self._loads = loads
         self._storing = storing
         self._stuck_since: float | None = None
+        self._failures: list[tuple[Sequence, Exception]] = []  # requests that could not be admitted, and why
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new request, behind all that are as urgent."""
@@ -87,6 +89,11 @@ class Scheduler:
             chosen += admitted
             budget -= sum(item.num_tokens for item in admitted)
         return chosen + self._left_over(budget)
+
+    def take_failures(self) -> list[tuple[Sequence, Exception]]:
+        """Requests for whose admission something raised since the last call; they must be ended."""
+        failures, self._failures = self._failures, []
+        return failures
 
     def wait_for_blocks(self) -> bool:
         """Nothing runs for lack of blocks: wait a moment for some that a transfer holds.
@@ -156,19 +163,23 @@ class Scheduler:
         held: list[Sequence] = []
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting.popleft()
-            match = self._match(sequence)
-            if budget <= 0 and not self._would_load(sequence, match):
-                self.waiting.appendleft(sequence)
-                break
-            if match.num_pending:
-                held.append(sequence)  # a running prefill is about to publish its next block: wait for it
-            elif self._admit(sequence, match):
-                if not self._is_loading(sequence):
-                    admitted.append(self._chunk(sequence, budget))
-                    budget -= admitted[-1].num_tokens
-            else:
-                self.waiting.appendleft(sequence)
-                break
+            try:
+                match = self._match(sequence)
+                may_start = budget > 0 or self._would_load(sequence, match)
+                if may_start and match.num_pending:
+                    held.append(sequence)  # a running prefill is about to publish its next block: wait for it
+                    continue
+                if not may_start or not self._admit(sequence, match):
+                    self.waiting.appendleft(sequence)
+                    break
+            except InvariantError:
+                raise
+            except Exception as error:  # no memory for what it needs, or a method's code: only this request fails
+                self._failures.append((sequence, error))
+                continue
+            if not self._is_loading(sequence):
+                admitted.append(self._chunk(sequence, budget))
+                budget -= admitted[-1].num_tokens
         self.waiting.extendleft(reversed(held))
         return admitted
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from kvwise.core.clock import Clock
-from kvwise.core.errors import InvariantError
+from kvwise.core.errors import InvariantError, KvwiseError
 from kvwise.core.output import FinishReason, RequestOutput
 from kvwise.engine.engine import Engine
 from kvwise.engine.serving import EngineSnapshot, Generate, Moved
@@ -128,6 +128,8 @@ class EngineThread:
                 lane.engine.hold_warm(request.request_id, pin=pin[0], pin_until=pin[1])
         except Exception as error:  # images may be anything
             refused = error
+            if not isinstance(error, KvwiseError):
+                lane.engine.abort(request.request_id)  # it may have been queued before that
         lane.queued = lane.engine.num_waiting
         lane.begun.add(len(request.prompt))
         return refused

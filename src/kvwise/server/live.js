@@ -8,8 +8,8 @@ const LINKS = { connecting: "connecting", live: "live", lost: "disconnected", lo
 const picture = {};
 let paused = false, count;
 
-const view = new View();
 const feed = new Feed({ picture: onPicture, link: onLink });
+const view = new View((strategy, block) => feed.holders(strategy, block));
 const prompt = new Prompt(() => feed.key);
 
 function onPicture(kind, news) {

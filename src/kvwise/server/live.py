@@ -8,18 +8,19 @@ from contextlib import aclosing
 from importlib.resources import files
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
 from kvwise.core.errors import UsageError
+from kvwise.engine.service import State, Unavailable
 from kvwise.server.context import Server
 from kvwise.server.errors import AUTHENTICATION, ApiError
 from kvwise.server.fields import STRICT, TokenId
 from kvwise.server.gates import known, room
 from kvwise.server.live_feed import Audience, Feed, Viewer
 from kvwise.server.live_figures import LiveFigures
-from kvwise.server.live_look import places
+from kvwise.server.live_look import holders, places
 from kvwise.server.prompts import text_prompt
 from kvwise.server.routing import chosen_strategy
 from kvwise.server.strict import Gate, gated
@@ -68,6 +69,13 @@ class BlocksAnswer(BaseModel):
     runs: list[BlockRun]
 
 
+class HoldersAnswer(BaseModel):
+    """Ids of the requests that hold a block, and how many others do."""
+
+    requests: list[str]
+    others: int
+
+
 def routes(server: Server) -> APIRouter:
     """The page, its feed and its question; nothing where the settings have no live view."""
     router = APIRouter()
@@ -111,6 +119,19 @@ def _feed(server: Server) -> APIRouter:
         """Pictures of the server as server-sent events, at most two a second."""
         settings = server.settings
         return FeedAnswer(feed, request.state.audience, settings.sse_keep_alive_s, settings.slow_reader_s)
+
+    @router.get("/live/holders", include_in_schema=False)
+    async def held_by(
+        request: Request, strategy: Annotated[str, Query(max_length=512)], block: Annotated[int, Query(ge=0)]
+    ) -> HoldersAnswer:
+        """Which requests hold a block: those that the viewer may see by name."""
+        service, audience = server.service, request.state.audience
+        if service.health is not State.READY:
+            raise Unavailable(service.health, 1.0)
+        names = await service.call(lambda engine: holders(engine, block), strategy)
+        seen = {one.request_id for one in service.streams() if audience in (None, one.tenant)}
+        mine = [name for name in names if name in seen]
+        return HoldersAnswer(requests=mine, others=len(names) - len(mine))
 
     return router
 

@@ -30,14 +30,30 @@ export class Feed {
     this.start();
   }
 
+  headers() {
+    return this.key ? { Authorization: `Bearer ${this.key}` } : {};
+  }
+
+  // Which requests hold a block, in words; nothing where that cannot be told.
+  async holders(strategy, block) {
+    try {
+      const answer = await fetch(`/live/holders?${new URLSearchParams({ strategy, block })}`, { headers: this.headers() });
+      if (!answer.ok) return "";
+      const { requests, others } = await answer.json(), named = requests.slice(0, 3).map((id) => id.slice(0, 14));
+      const more = requests.length - named.length + others;
+      return requests.length || others ? `Held by ${[...named, ...(more ? [`${more} more`] : [])].join(", ")}.` : "";
+    } catch {
+      return "";
+    }
+  }
+
   async connect() {
     this.abort?.abort();
     const abort = this.abort = new AbortController();
     this.on.link("connecting");
     let why = "The server does not answer.";
     try {
-      const headers = this.key ? { Authorization: `Bearer ${this.key}` } : {};
-      const answer = await fetch("/live/events", { headers, signal: abort.signal, cache: "no-store" });
+      const answer = await fetch("/live/events", { headers: this.headers(), signal: abort.signal, cache: "no-store" });
       if (answer.status === 401) {
         this.stopped = true;
         this.on.link("locked", await messageOf(answer), this.key !== "");

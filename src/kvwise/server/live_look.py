@@ -35,6 +35,13 @@ def look(engine: Engine) -> Look:
     return Look(engine.memory.cache.occupancy(), progress)
 
 
+def holders(engine: Engine, block: int) -> list[str]:
+    """Ids of the requests that hold a whole block, of those with several samples by their first."""
+    cache = engine.memory.cache
+    rows = [(one.request_id, one.row) for one in engine.first_samples() if one.row is not None]
+    return [name for name, row in rows if block in cache.tables[row, : cache.num_blocks[row]]]
+
+
 def places(engine: Engine, tokens: list[int], tenant: str, cache_salt: str) -> tuple[int, list[tuple[str, int]]]:
     """How many full blocks a tenant's prompt has, and where they are, in order: runs of (tier, blocks).
 

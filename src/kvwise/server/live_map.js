@@ -56,7 +56,9 @@ export function tile(kind, size) {
 }
 
 export class BlockMap {
-  constructor(strategy, readout) {
+  // ask(strategy, block): a promise of the words that say which requests hold it
+  constructor(strategy, readout, ask) {
+    this.ask = ask;
     this.strategy = strategy;
     this.readout = readout;
     this.held = new Uint8Array(0);
@@ -156,9 +158,19 @@ export class BlockMap {
     say(this.readout, `Block ${count(i)}: ${name}, ${means}.${run}`);
     this.canvas.setAttribute("aria-valuenow", i);
     this.canvas.setAttribute("aria-valuetext", `Block ${i}: ${name}.${run}`);
+    clearTimeout(this.asking);
+    if (["running", "shared"].includes(name)) this.asking = setTimeout(() => this.tellHolders(i), 200);
     const x = (i % this.columns) * this.size, y = Math.floor(i / this.columns) * this.size, side = Math.max(this.size, 6);
     this.cursor.style.transform = `translate(${x - 1.5}px, ${y - 1.5}px)`;
     this.cursor.style.width = this.cursor.style.height = `${side + 2}px`;
     this.cursor.hidden = false;
+  }
+
+  async tellHolders(i) {
+    const told = this.readout.textContent, words = await this.ask(this.strategy, i);
+    if (words && this.pointed === i && this.readout.textContent === told) {
+      say(this.readout, `${told} ${words}`);
+      this.canvas.setAttribute("aria-valuetext", `${this.canvas.getAttribute("aria-valuetext")} ${words}`);
+    }
   }
 }

@@ -6,7 +6,8 @@ const brief = (id) => (id.length > 16 ? `${id.slice(0, 14)}…` : id);
 const sum = (list, of) => list.reduce((total, one) => total + of(one), 0);
 
 export class View {
-  constructor() {
+  constructor(holders) {
+    this.holders = holders;
     this.maps = new Map();
     this.points = [];
     this.figures();
@@ -88,7 +89,7 @@ export class View {
 
   drawMaps(told) {
     for (const [strategy, [number, runs]] of Object.entries(told)) {
-      if (!this.maps.has(strategy)) this.maps.set(strategy, new BlockMap(strategy, at("readout")));
+      if (!this.maps.has(strategy)) this.maps.set(strategy, new BlockMap(strategy, at("readout"), this.holders));
       this.maps.get(strategy).set(number, runs);
     }
   }

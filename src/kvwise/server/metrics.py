@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client import Metric as Family
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -14,10 +15,12 @@ from kvwise.engine.sizing import max_model_len
 from kvwise.server import metric_table as table
 from kvwise.server.context import Server
 from kvwise.server.engine_figures import EngineFigures
+from kvwise.server.gates import admin
 from kvwise.server.metric_values import Values
 from kvwise.server.record import RequestRecord
 from kvwise.server.request_figures import RequestFigures
 from kvwise.server.request_log import RequestLog
+from kvwise.server.strict import gated
 
 FRESH_S = 0.5  # the page is made anew at most so often, however many ask for it
 _SERVER = "0"  # the engine label of what no engine counts
@@ -26,8 +29,8 @@ _SERVER = "0"  # the engine label of what no engine counts
 class Metrics(Collector):
     """All metrics of one server, and the page that tells them. An observer of its requests.
 
-    The page needs no key and says nothing of tenants, users, sessions or prompts. `registry` is its own: two servers in
-    one process do not meet.
+    The page says nothing of tenants, users, sessions or prompts. `registry` is its own: two servers in one process do
+    not meet.
     """
 
     def __init__(self, server: Server) -> None:
@@ -87,12 +90,18 @@ class Metrics(Collector):
 
 
 def routes(server: Server) -> APIRouter:
-    """`/metrics`, without a key: it says nothing of anybody. Its `Metrics` joins the server's observers."""
+    """`/metrics`. Its `Metrics` joins the server's observers.
+
+    Where several tenants are served it needs the administration's key: from totals, read often, one tenant could tell
+    what another one does.
+    """
     metrics = next((one for one in server.observers if isinstance(one, Metrics)), None)
     if metrics is None:
         metrics = Metrics(server)
         server.observers.append(metrics)
-    router, page = APIRouter(tags=["metrics"]), metrics.page
+    is_locked = server.settings.keys_file is not None and not server.settings.open_metrics
+    router = APIRouter(tags=["metrics"], route_class=gated(admin(server)) if is_locked else APIRoute)
+    page = metrics.page
 
     @router.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     async def scrape() -> Response:

@@ -20,7 +20,9 @@ _PAGE = """# Watching a server
 
 ## Metrics
 
-`GET /metrics` answers in Prometheus' text format and needs no key: nothing in it says who asked for what. Every name
+`GET /metrics` answers in Prometheus' text format. Nothing in it says who asked for what. It needs no key, unless there
+are tenants (`--keys`): then it needs the administration's, for whoever reads totals often could tell what others do, or
+`--open-metrics` where the network keeps tenants from it. Every name
 begins with `{own}`; with `--vllm-metrics` those marked *twin* are told a second time under vLLM's own name
 (`{twin}...`), with vLLM's labels and buckets, so that dashboards and autoscalers made for vLLM work unchanged.
 

@@ -165,7 +165,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _depart(self) -> None:
         if self._departure is None:
-            self._departure = self.loop.call_later(self.settings.slow_reader_s, self._cut)
+            self._departure = self.loop.call_later(self.settings.slow_reader_s + _GRACE_S, self._cut)
 
     def _cut(self) -> None:
         """End the connection with a reset, so that the kernel does not keep what nobody takes."""

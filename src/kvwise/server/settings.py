@@ -32,6 +32,7 @@ class ServerSettings:
     insecure: bool = False  # listen on all interfaces without keys
     log_prompts: bool = False
     vllm_metrics: bool = False
+    open_metrics: bool = False  # /metrics needs no key although there are tenants, who could read each other's totals
     otlp_endpoint: str | None = None
     warm_file: Path | None = None  # prompts to be computed before the server is ready
     live: bool = True  # the live view at /
