@@ -73,9 +73,14 @@ def make_server(
 
 def key_file(folder: Path, limits: str = "", **keys: str) -> Path:
     """A keys file of tenants, each with one key; `limits` are further lines of each."""
-    path = folder / "keys.toml"
     hashes = {name: show_hash(hash_key(key.encode())) for name, key in keys.items()}
-    path.write_text("".join(f'[[tenant]]\nname = "{n}"\nkeys = ["{h}"]\n{limits}' for n, h in hashes.items()))
+    text = "".join(f'[[tenant]]\nname = "{n}"\nkeys = ["{h}"]\n{limits}' for n, h in hashes.items())
+    return private(folder / "keys.toml", text)
+
+
+def private(path: Path, text: str) -> Path:
+    """Write a file that only its owner can read."""
+    path.write_text(text)
     path.chmod(0o600)
     return path
 

@@ -16,7 +16,7 @@ from kvwise.engine.sequence import Phase
 from tests.engine.runs import require_empty
 from tests.server.conftest import Served
 
-PATIENCE_S = 8  # until a test that waits for something that never comes gives up
+PATIENCE_S = 30  # until a test that waits for something that never comes gives up
 
 
 class Moment(IntEnum):
@@ -205,13 +205,14 @@ def _require_quiet(engine: Engine) -> None:
     assert not engine._requests
     assert engine.lifecycle.registry._requests == {}
     assert all(info.num_running == 0 for info in engine.lifecycle.sessions())
+    engine.idle()
     loads, hierarchy = engine.memory.loads, engine.memory.hierarchy
     if loads is not None and hierarchy is not None:
-        assert hierarchy.flush(PATIENCE_S)
         for load in list(loads._leaving):
             with load.news:
                 assert load.news.wait_for(lambda load=load: load.is_over, PATIENCE_S)
         loads.advance()
+        assert hierarchy.flush(PATIENCE_S)  # what was loaded may be on its way to a faster tier
         assert not len(loads)
         assert not loads._leaving
         for tier in hierarchy.tiers:

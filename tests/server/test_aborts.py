@@ -12,14 +12,16 @@ import pytest
 
 from kvwise.core.params import SamplingParams
 from kvwise.core.tiering import parse_tier
+from kvwise.engine.hierarchy.load import Load
 from kvwise.engine.llm import LLM
 from kvwise.models.loaded import LoadedModel
+from tests.engine.hierarchy.tiering import Unruly, leave_device, rig
 from tests.server.asgi import post
 from tests.server.conftest import Served, make_server, serving
-from tests.server.leaving import Doors, Moment, Visit, require_quiet, tasks_besides
-from tests.server.telling import read
+from tests.server.leaving import PATIENCE_S, Doors, Moment, Visit, require_quiet, tasks_besides
+from tests.server.telling import read, until
 
-STRATEGIES = ("prefix+load", "streaming(budget=0.5)+prefix+load", "kivi+prefix+load")
+STRATEGIES = ("prefix+cake(chunk=32)", "streaming(budget=0.5)+prefix+load", "int8+prefix+layerwise")
 TIERS = ("host(size=512KiB)", "memory(size=4MiB)")
 NUM_ABORTS, NUM_STAYING, NUM_AT_ONCE = 300, 50, 24
 GREEDY = {"model": "tiny", "temperature": 0, "ignore_eos": True}
@@ -72,16 +74,20 @@ def sessions(served: Served) -> list[Any]:
     return found
 
 
-def require_told(served: Served) -> None:
+def require_told(served: Served, num_left: int) -> None:
     """The figures say that some have left, and that nothing of them is left."""
-    with httpx.Client(verify=False, trust_env=False, base_url=served.url) as client:
-        figures = read(client.get("/metrics").content)
     sums: Counter[str] = Counter()
-    for name, value in figures.items():
-        sums[name.partition("{")[0]] += value  # type: ignore[assignment]
-    assert sums["kvwise:request_disconnected_total"] >= NUM_ABORTS / 3
+    with httpx.Client(verify=False, trust_env=False, base_url=served.url) as client:
+
+        def at_rest() -> bool:
+            sums.clear()
+            for name, value in read(client.get("/metrics").content).items():
+                sums[name.partition("{")[0]] += value  # type: ignore[assignment]
+            return sums["kvwise:num_requests_running"] == sums["kvwise:num_requests_waiting"] == 0
+
+        asyncio.run(until(at_rest))  # the page may be half a second old
+    assert sums["kvwise:request_disconnected_total"] >= num_left
     assert sums["kvwise:kv_leaked_blocks"] == 0
-    assert sums["kvwise:num_requests_running"] == sums["kvwise:num_requests_waiting"] == 0
 
 
 async def all_tasks() -> set[Any]:
@@ -107,6 +113,96 @@ def require_right_after(tiny: LoadedModel, served: Served) -> None:
         with LLM(tiny, strategy, kv_cache_memory_bytes=2**21, tiers=tiers) as llm:
             (expected,) = llm.generate([FRESH], SamplingParams(max_tokens=20, ignore_eos=True))
         assert answer["choices"][0]["text"] == expected.text
+
+
+# -- F27: leaving while KV is being loaded ------------------------------------------------------------------------
+
+STORED = list(range(100, 250))
+NUM_BLOCKS = (len(STORED) - 1) // 16
+
+
+@pytest.fixture
+def loading(tiny: LoadedModel) -> Iterator[tuple[Served, Unruly]]:
+    """A server whose tier holds STORED, which the device does not, and answers only once its gate is open."""
+    held = make_server(
+        tiny, strategies=("prefix+load",), tiers=[parse_tier("memory(size=4MiB)")], max_num_seqs=8,
+        max_num_batched_tokens=48, tier_deadline_s=0.2, kv_cache_memory_bytes=2**21,
+    )  # fmt: skip
+    with serving(held) as served:
+        assert post(served.url + "/v1/completions", GREEDY | {"prompt": STORED, "max_tokens": 4}).status_code == 200
+        served.on_loop(lambda: served.service.call(leave_device))
+        unruly = served.on_loop(lambda: served.service.call(rig))
+        unruly.read_gate.clear()
+        yield served, unruly
+
+
+def leave_while_loading(served: Served, unruly: Unruly, *, stream: bool) -> None:
+    """A client comes, and goes when its load has begun."""
+    doors = Doors(served)
+    body = GREEDY | {"prompt": STORED, "max_tokens": 4, "stream": stream}
+    visit = Visit(1, Moment.LOADING, body, exact=True)
+    doors.let_in(visit, served.port)
+    doors.wait_for_room(1)
+    assert visit.left_at is Moment.LOADING
+    assert unruly.reading.wait(PATIENCE_S)
+
+
+def num_referenced(served: Served) -> int:
+    """Blocks that something holds."""
+
+    def look(engine: Any) -> int:
+        engine.memory.cache.check()
+        return int(engine.memory.cache.usage().num_referenced)
+
+    return served.on_loop(lambda: served.service.call(look))
+
+
+def require_answer(tiny: LoadedModel, served: Served, prompt: list[int]) -> None:
+    answer = post(served.url + "/v1/completions", GREEDY | {"prompt": prompt, "max_tokens": 4}).json()
+    with LLM(tiny, "full", kv_cache_memory_bytes=2**22) as llm:
+        (expected,) = llm.generate([prompt], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert answer["choices"][0]["text"] == expected.text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_load_that_ends_after_its_client_has_left_frees_its_blocks_once(
+    tiny: LoadedModel, loading: tuple[Served, Unruly], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Nor does it help to be told twice that it has ended."""
+    served, unruly = loading
+    end = Load.end
+
+    def twice(self: Load) -> None:
+        end(self)
+        end(self)
+
+    monkeypatch.setattr(Load, "end", twice)
+    leave_while_loading(served, unruly, stream=stream)
+    require_answer(tiny, served, FRESH)  # others go on meanwhile
+    assert num_referenced(served) == NUM_BLOCKS
+    unruly.read_gate.set()
+    require_quiet(served)
+    require_answer(tiny, served, STORED)
+    require_quiet(served)
+
+
+def test_a_load_that_never_ends_keeps_its_blocks_and_nobody_waits_for_it(
+    tiny: LoadedModel, loading: tuple[Served, Unruly]
+) -> None:
+    served, unruly = loading
+    leave_while_loading(served, unruly, stream=True)
+    for _ in range(2):
+        require_answer(tiny, served, STORED)  # the tier hangs: it is computed
+        require_answer(tiny, served, FRESH)
+    assert served.service.streams() == []
+    assert served.on_loop(lambda: served.service.call(lambda e: len(e.memory.loads._leaving))) >= 1
+    assert num_referenced(served) % NUM_BLOCKS == 0
+    require_told(served, num_left=1)
+    unruly.read_gate.set()
+    require_quiet(served)
+
+
+# -- the storm ----------------------------------------------------------------------------------------------------
 
 
 def test_a_storm_of_clients_that_leave(tiny: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
@@ -136,5 +232,7 @@ def test_a_storm_of_clients_that_leave(tiny: LoadedModel, caplog: pytest.LogCapt
         assert {name for _, name, _, _ in before} >= {f"talk-{n}" for n in range(4)}
         require_right_after(tiny, served)
         assert sessions(served) == before  # nothing of those that left goes on growing
-        require_told(served)
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+        require_told(served, num_left=NUM_ABORTS // 3)
+    # A tier may say, once, that a record has left between look-up and read: that is a miss like others.
+    told = [one for one in caplog.records if one.levelno >= logging.WARNING and not one.name.endswith("hierarchy.tier")]
+    assert told == []

@@ -59,7 +59,7 @@ COMMON: dict[str, Case] = {
     "seed": number("seed", {0: 0, -5: -5, 2**63 - 1: 2**63 - 1, None: None}, 1.0, 2**63),
     "presence_penalty": number("presence_penalty", {-2: -2.0, 1.5: 1.5, None: 0.0}, -2.1, 2.1),
     "frequency_penalty": number("frequency_penalty", {-2: -2.0, 1.5: 1.5, None: 0.0}, -2.1, 2.1),
-    "repetition_penalty": number("repetition_penalty", {1.2: 1.2, None: 1.0}, 0, -1, 101),
+    "repetition_penalty": number("repetition_penalty", {1.2: 1.2, 0.01: 0.01, None: 1.0}, 0, 1e-9, -1, 101),
     "logit_bias": Case(refused=({"a": 1}, {"-1": 1}, {"1": 101}, {"1": -100.5}, {"1": "2"}, {"1": True}, {"1": None},
                                 {"1.0": 1}, {"99999": 1}, {"1": 1, "01": 2}, [1], "1", 3, True)),
     "user": Case(refused=(3, True, [], "x" * 513)),  # acts: below

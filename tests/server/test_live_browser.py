@@ -34,7 +34,8 @@ LOW_CONTRAST = """() => {
   const low = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let text; (text = walker.nextNode());) {
     const node = text.parentElement;
-    if (!text.data.trim() || !node.checkVisibility() || node.closest(".unseen, .skip, script, noscript, :disabled")) continue;
+    if (!text.data.trim() || !node.checkVisibility()) continue;
+    if (node.closest(".unseen, .skip, script, noscript, :disabled")) continue;
     const [a, b] = [light(parse(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => y - x);
     if ((a + 0.05) / (b + 0.05) < 4.5) low.push(`${text.data.trim()}: ${((a + 0.05) / (b + 0.05)).toFixed(2)}`);
   }
@@ -150,9 +151,7 @@ def test_every_control_is_reached_by_keys(open_server: Served, open_page: Any) -
     for _ in range(len(wanted)):
         page.keyboard.press("Tab")
         reached.append(
-            page.evaluate(
-                "(e => e.id || e.getAttribute('aria-label') || e.textContent.trim())(document.activeElement)"
-            )
+            page.evaluate("(e => e.id || e.getAttribute('aria-label') || e.textContent.trim())(document.activeElement)")
         )
         outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline != "none", reached[-1]

@@ -268,10 +268,11 @@ class Engine:
         return self.collect()
 
     def idle(self) -> None:
-        """What is due without a request: KV expires, blocks go down. `step` does it too."""
+        """What is due without a request: KV expires, blocks go down, others are no longer held. `step` does it too."""
         self.memory.cache.expire()
         if self._storing is not None:
             self._storing.poll()
+        self._scheduler.look_ahead()
 
     def _run(self, schedule: list[Scheduled]) -> None:
         shown, failures = look(self.loaded.vision, schedule)

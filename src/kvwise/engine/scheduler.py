@@ -75,7 +75,6 @@ class Scheduler:
 
     def _chosen(self) -> list[Scheduled]:
         if self._loads is not None:
-            self._look_ahead(self._loads)
             self._loads.advance()
         num_preempted = self.num_preemptions
         chosen = [Scheduled(s, 1) for s in self._growing()]
@@ -89,6 +88,13 @@ class Scheduler:
             chosen += admitted
             budget -= sum(item.num_tokens for item in admitted)
         return chosen + self._left_over(budget)
+
+    def look_ahead(self) -> None:
+        """For loading methods that look at the queue: blocks of the first that wait come nearer, of others may go."""
+        if self._loads is None or not (count := self._loads.method.look_ahead):
+            return
+        first = [s for s in islice(self.waiting, count) if s.keys is not None]
+        self._loads.hierarchy.look_ahead({f"{s.request_id}/{s.index}": s.keys.chain for s in first if s.keys})
 
     def take_failures(self) -> list[tuple[Sequence, Exception]]:
         """Requests for whose admission something raised since the last call; they must be ended."""
@@ -125,12 +131,6 @@ class Scheduler:
                 chosen += [Scheduled(sequence, allowed)] if allowed else []
                 budget -= allowed
         return chosen
-
-    def _look_ahead(self, loads: Loads) -> None:
-        count = loads.method.look_ahead
-        if count:
-            first = [s for s in islice(self.waiting, count) if s.keys is not None]
-            loads.hierarchy.look_ahead({f"{s.request_id}/{s.index}": s.keys.chain for s in first if s.keys})
 
     def _chunk(self, sequence: Sequence, budget: int) -> Scheduled:
         placement, chunked = self._placement, self._config.enable_chunked_prefill

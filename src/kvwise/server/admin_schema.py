@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from kvwise.core.output import EngineStats
 from kvwise.server.errors import ApiError
@@ -19,6 +19,10 @@ TenantName = Annotated[str, Field(max_length=64, description='As in the keys fil
 SessionName = Annotated[str, Field(min_length=1, max_length=256)]
 StrategyName = Annotated[str, Field(min_length=1, max_length=512)]
 Only = Annotated[StrategyName | None, Field(description="Only this strategy's engine; left out: every engine.")]
+
+
+# A literal true would take 1 too, and forget everything for it.
+Everything = Annotated[bool | None, WithJsonSchema({"enum": [True, None]})]
 
 
 def _refused(message: str, param: str | None = None) -> ApiError:
@@ -88,7 +92,7 @@ class WarmRequest(Whose, HowLong):
 class PurgeRequest(Asked):
     """What to forget: everything, or a tenant's all, or of a tenant one session or one prompt."""
 
-    everything: Literal[True] | None = None
+    everything: Everything = None
     tenant: TenantName | None = None
     session: SessionName | None = None
     prompt: PromptValue | None = None
@@ -97,6 +101,8 @@ class PurgeRequest(Asked):
 
     @model_validator(mode="after")
     def _one_thing(self) -> Self:
+        if self.everything is False:
+            raise _refused("everything can only be true: leave it out", "everything")
         rest = (self.tenant, self.session, self.prompt)
         if self.everything is not None and any(one is not None for one in rest):
             raise _refused("everything stands alone: leave out tenant, session and prompt", "everything")

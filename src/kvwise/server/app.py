@@ -6,7 +6,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Scope
 
 from kvwise import __version__
 from kvwise.core.errors import KvwiseError
@@ -41,6 +42,11 @@ class App(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         """Starlette's, within ours: so that each answer, also to what nobody foresaw, has the request's id."""
         return Limits(super().build_middleware_stack(), self._server.settings)
+
+    def methods_at(self, scope: Scope) -> set[str]:
+        """The methods of all routes that have a request's path."""
+        routes = [one for router in self._routers for one in router.routes if isinstance(one, Route)]
+        return {method for one in routes if one.matches(scope)[0] is not Match.NONE for method in one.methods or ()}
 
     def openapi(self) -> dict[str, Any]:
         """The document at /openapi.json."""
@@ -77,4 +83,7 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
         405: ("this route does not take this method; see Allow", INVALID, "method_not_allowed"),
     }
     message, kind, code = known.get(error.status_code, (error.detail, INVALID, None))
-    return envelope(ApiError(error.status_code, message, type=kind, code=code, headers=error.headers))
+    headers = dict(error.headers or {})
+    if "Allow" in headers:  # that of the first route with this path; the others have methods too
+        headers["Allow"] = ", ".join(sorted({headers["Allow"], *request.app.methods_at(request.scope)}))
+    return envelope(ApiError(error.status_code, message, type=kind, code=code, headers=headers))

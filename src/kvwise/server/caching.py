@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastapi import Request
+
 from kvwise.cache.ttl import NO_TTL, Ttl
 from kvwise.server.errors import ApiError
 from kvwise.server.schema import GenerationRequest
@@ -41,6 +43,12 @@ def caching(body: GenerationRequest, session_header: str | None) -> Caching:
         _ttl(None if options is None else options.ttl, body.prompt_cache_retention),
         options is not None and options.mode == "explicit",
     )
+
+
+def session_header(request: Request) -> str | None:
+    """The session that a request's head names; of several headers the list, which is no name."""
+    found = request.headers.getlist("x-session-id")
+    return ", ".join(found) if found else None
 
 
 def _session(body: GenerationRequest, header: str | None) -> str:

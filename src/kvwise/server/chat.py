@@ -8,7 +8,7 @@ from kvwise.engine.stream import News
 from kvwise.models.text import Tokenizer
 from kvwise.server.answering import Attest, attest, finish_reason, respond
 from kvwise.server.answers import ChatAnswer
-from kvwise.server.caching import caching
+from kvwise.server.caching import caching, session_header
 from kvwise.server.context import Server
 from kvwise.server.generation import Order
 from kvwise.server.logprobs import chat_logprobs
@@ -16,18 +16,18 @@ from kvwise.server.prompts import chat_prompt
 from kvwise.server.routing import admit, chosen_strategy, generating, new_id
 from kvwise.server.sampling import output_limit, sampling_params
 from kvwise.server.schema import ChatRequest
-from kvwise.server.sse import dumps
+from kvwise.server.sse import STREAM, dumps
 
 
 def routes(server: Server) -> APIRouter:
     """The route."""
     router = APIRouter(route_class=generating(server))
 
-    @router.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatAnswer}})
+    @router.post("/v1/chat/completions", response_model=None, responses={200: {"model": ChatAnswer, **STREAM}})
     async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation, as OpenAI's API does."""
         record = admit(server, request, body)
-        cache = caching(body, request.headers.get("x-session-id"))
+        cache = caching(body, session_header(request))
         strategy = chosen_strategy(server, request.state.tenant, body.strategy)
         prompt = await chat_prompt(server, body.messages, strategy)
         most = server.service.max_request_tokens(strategy)

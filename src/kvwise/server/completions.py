@@ -10,7 +10,7 @@ from kvwise.engine.stream import News
 from kvwise.models.text import Tokenizer
 from kvwise.server.answering import Attest, attest, finish_reason, respond
 from kvwise.server.answers import CompletionAnswer
-from kvwise.server.caching import caching
+from kvwise.server.caching import caching, session_header
 from kvwise.server.context import Server
 from kvwise.server.errors import ApiError
 from kvwise.server.generation import Order
@@ -19,18 +19,18 @@ from kvwise.server.prompts import Prompt, text_prompt
 from kvwise.server.routing import admit, chosen_strategy, generating, new_id
 from kvwise.server.sampling import COMPLETION_TOKENS, output_limit, sampling_params
 from kvwise.server.schema import CompletionRequest
-from kvwise.server.sse import dumps
+from kvwise.server.sse import STREAM, dumps
 
 
 def routes(server: Server) -> APIRouter:
     """The route."""
     router = APIRouter(route_class=generating(server))
 
-    @router.post("/v1/completions", response_model=None, responses={200: {"model": CompletionAnswer}})
+    @router.post("/v1/completions", response_model=None, responses={200: {"model": CompletionAnswer, **STREAM}})
     async def create_completion(request: Request, body: CompletionRequest) -> Response:
         """Continue a prompt, or several, as OpenAI's API does."""
         record = admit(server, request, body)
-        cache = caching(body, request.headers.get("x-session-id"))
+        cache = caching(body, session_header(request))
         strategy = chosen_strategy(server, request.state.tenant, body.strategy)
         prompts = await _prompts(server, body.prompt)
         most = server.service.max_request_tokens(strategy)

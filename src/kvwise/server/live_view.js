@@ -3,6 +3,10 @@ import { BlockMap, KINDS, tally, tile } from "./live_map.js";
 import { at, bar, bytes, count, make, rate, say, seconds, share, Spark, Table, text } from "./live_parts.js";
 
 const brief = (id) => (id.length > 16 ? `${id.slice(0, 14)}…` : id);
+const within = (part, whole) => {
+  const [number, unit] = bytes(part).split("\u00a0"), told = bytes(whole);
+  return told.endsWith(unit) ? `${number} of ${told}` : `${number}\u00a0${unit} of ${told}`;
+};
 const sum = (list, of) => list.reduce((total, one) => total + of(one), 0);
 
 export class View {
@@ -148,7 +152,7 @@ export class View {
     this.tiers = new Table(at("tiers"), "Where keys and values lie", [
       ...(strategies.length > 1 ? [text("Strategy", (t) => t.strategy, "code")] : []),
       { label: "Tier", kind: "name", set: (cell, t) => { say(cell, t.up === false ? `${t.name} (off)` : t.name); cell.classList.toggle("bad", t.up === false); } },
-      { label: "In use", kind: "num wide", set: (cell, t) => bar(cell, [["used", t.budget ? t.bytes / t.budget : 0]], t.budget ? `${bytes(t.bytes)} of ${bytes(t.budget)}` : bytes(t.bytes)) },
+      { label: "In use", kind: "num wide", set: (cell, t) => bar(cell, [["used", t.budget ? t.bytes / t.budget : 0]], t.budget ? within(t.bytes, t.budget) : bytes(t.bytes)) },
       text("Hits", (t) => share(t.asked ? t.hits / t.asked : null), "num"),
       text("Read", (t) => rate(t.loading), "num"),
       text("Written", (t) => rate(t.storing), "num"),

@@ -18,6 +18,12 @@ from kvwise.server.usage import usage
 _log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A chunk as JSON, or `[DONE]`."}},
+}
+STREAM = {"content": {"text/event-stream": {"itemSchema": _EVENT}}}  # for the OpenAPI document
 
 
 class Format(Protocol):

@@ -174,7 +174,7 @@ def _finite(text: str) -> float:
 
 def _bounded(text: str) -> int:
     value = int(text) if len(text) <= 20 else _MAX_INTEGER + 1
-    if abs(value) > _MAX_INTEGER:
+    if not -_MAX_INTEGER - 1 <= value <= _MAX_INTEGER:
         raise _invalid(f"integer {text[:32]}{'...' * (len(text) > 32)} does not fit into 64 bits")
     return value
 

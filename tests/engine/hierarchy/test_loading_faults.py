@@ -374,6 +374,19 @@ def test_settling_waits_for_blocks_that_are_being_written(serve: Serve) -> None:
         require_idle(engine)
 
 
+def test_a_request_that_goes_while_it_waits_keeps_no_record_from_eviction(serve: Serve) -> None:
+    """A method had looked ahead for it."""
+    engine = make(serve, "layerwise", max_num_seqs=1)
+    for name, prompt in (("runs", COLD), ("waits", PROMPT)):
+        engine.add_request(prompt, greedy(NUM_TOKENS), request_id=name)
+    engine.step()
+    assert hierarchy_of(engine).tiers[0].index._holds
+    engine.abort_all()
+    assert len(engine.collect()) == 2
+    engine.idle()
+    require_idle(engine)
+
+
 # -- tiers that say no ----------------------------------------------------------------------------------------------
 
 
