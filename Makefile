@@ -12,10 +12,10 @@ study: install
 	$(BIN)/kvwise study --output study-out --overwrite-own
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-unit: install
-	$(BIN)/python -m pytest --ignore=tests/end_to_end
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --ignore=tests/end_to_end
 
 lint: install
 	$(BIN)/ruff check .
@@ -32,7 +32,7 @@ docs: install
 	$(BIN)/python -m kvwise.models.support > docs/models.md
 	$(BIN)/python -m kvwise.tasks.page > docs/tasks.md
 	$(BIN)/python -m kvwise.methods.page > docs/methods.md
-	$(BIN)/python -m kvwise.server.metrics_page > docs/observability.md
+	$(BIN)/python -m kvwise.server.observing.metrics_page > docs/observability.md
 
 install: $(STAMP)
 

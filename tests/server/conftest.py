@@ -19,10 +19,10 @@ from kvwise.models.load import load_model
 from kvwise.models.loaded import LoadedModel
 from kvwise.server.app import create_app
 from kvwise.server.context import Server
-from kvwise.server.keys_file import hash_key, show_hash
 from kvwise.server.run import uvicorn_config
 from kvwise.server.settings import ServerSettings
-from kvwise.server.tenants import Tenants
+from kvwise.server.tenancy.keys_file import hash_key, show_hash
+from kvwise.server.tenancy.tenants import Tenants
 
 _T = TypeVar("_T")
 MODEL = "tiny"  # its name for requests

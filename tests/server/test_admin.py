@@ -12,8 +12,8 @@ from kvwise.core.clock import VirtualClock
 from kvwise.core.config import EngineConfig
 from kvwise.core.errors import UsageError
 from kvwise.core.tiering import parse_tier
-from kvwise.server.keys_file import hash_key, parse_keys, show_hash
-from kvwise.server.warm import warm_up
+from kvwise.server.admin.warm import warm_up
+from kvwise.server.tenancy.keys_file import hash_key, parse_keys, show_hash
 
 ADMIN = "an-administrator's-key"
 TEXT = "x" * 100  # with the first token of every prompt: six full blocks

@@ -9,9 +9,9 @@ import pytest
 from starlette.requests import HTTPConnection
 
 from kvwise.cli.main import run
-from kvwise.server.keys_file import hash_key, show_hash
 from kvwise.server.settings import ServerSettings
-from kvwise.server.tenants import Tenants
+from kvwise.server.tenancy.keys_file import hash_key, show_hash
+from kvwise.server.tenancy.tenants import Tenants
 
 ADMIN = "an-administrator's-key"
 TEXT = "x" * 100

@@ -16,10 +16,10 @@ from kvwise.core.params import SamplingParams
 from kvwise.engine.llm import LLM
 from kvwise.models.load import load_model
 from kvwise.models.text import HuggingFaceTokenizer
-from kvwise.server import prompts
-from kvwise.server.deadline import within
+from kvwise.server.api import prompts
+from kvwise.server.api.deadline import within
+from kvwise.server.api.schema import Message
 from kvwise.server.errors import ApiError
-from kvwise.server.schema import Message
 from tests.server.asgi import Asked, running, settled
 from tests.server.asgi import post as send
 from tests.server.conftest import make_server

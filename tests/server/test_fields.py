@@ -10,7 +10,7 @@ import pytest
 
 from kvwise.cache.ttl import NO_TTL, Ttl
 from kvwise.engine.service import Generate
-from kvwise.server.schema import ChatRequest, CompletionRequest, Message, StreamOptions
+from kvwise.server.api.schema import ChatRequest, CompletionRequest, Message, StreamOptions
 from tests.server.asgi import post as send
 from tests.server.conftest import make_server, serving
 

@@ -453,7 +453,7 @@ def _references(schema: Any) -> list[str]:
 
 def test_no_client_makes_new_labels(ask: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names that clients choose are no labels of metrics: those would grow without end."""
-    monkeypatch.setattr("kvwise.server.metrics.FRESH_S", 0.0)  # each page is made anew
+    monkeypatch.setattr("kvwise.server.observing.metrics.FRESH_S", 0.0)  # each page is made anew
 
     def series() -> set[str]:
         answer = ask.client.get("/metrics", headers={"Authorization": f"Bearer {ADMIN}"})

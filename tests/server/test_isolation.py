@@ -16,8 +16,8 @@ from kvwise.core.tiering import parse_tier
 from kvwise.engine.engine import Engine
 from kvwise.methods.catalogue import parse
 from kvwise.models.loaded import LoadedModel
-from kvwise.server.keys_file import hash_key, parse_keys, show_hash
-from kvwise.server.tenants import Tenant, Tenants
+from kvwise.server.tenancy.keys_file import hash_key, parse_keys, show_hash
+from kvwise.server.tenancy.tenants import Tenant, Tenants
 
 SECRET = [7 + i % 200 for i in range(80)]  # five full blocks
 TIMES = ("arrival", "first_scheduled", "first_token", "finished", "token_times")

@@ -19,16 +19,17 @@ from kvwise.core.tiering import parse_tier
 from kvwise.engine.service import Generate
 from kvwise.engine.serving import Moved
 from kvwise.methods.catalogue import parse
-from kvwise.server import live, live_feed
 from kvwise.server.context import Server
 from kvwise.server.errors import ApiError
-from kvwise.server.keys_edit import add_key
-from kvwise.server.live import _FILES, FeedAnswer
-from kvwise.server.live_feed import BYE, MOST_VIEWERS, Feed
-from kvwise.server.live_figures import BIN_S, NUM_BINS, LiveFigures
-from kvwise.server.live_look import holders
-from kvwise.server.live_map import encode, encode_change
-from kvwise.server.live_snapshot import Rates, ended, misses
+from kvwise.server.live import feed as live_feed
+from kvwise.server.live import routes as live
+from kvwise.server.live.feed import BYE, MOST_VIEWERS, Feed
+from kvwise.server.live.figures import BIN_S, NUM_BINS, LiveFigures
+from kvwise.server.live.look import holders
+from kvwise.server.live.map import encode, encode_change
+from kvwise.server.live.routes import _FILES, FeedAnswer
+from kvwise.server.live.snapshot import Rates, ended, misses
+from kvwise.server.tenancy.keys_edit import add_key
 from tests.server.asgi import PATIENCE_S, pace
 from tests.server.conftest import MODEL, Served
 from tests.server.telling import a_record, ask, some_metrics, started
@@ -119,9 +120,9 @@ def test_the_page_is_open_and_needs_nothing_from_elsewhere(serve_http: Callable[
         assert "unsafe" not in policy
         addresses = set(re.findall(r"https?://[^\s\"'`)]+", answer.text))
         assert addresses <= {"http://www.w3.org/2000/svg"}, name
-    html = files("kvwise.server").joinpath("live.html").read_text()
+    html = files("kvwise.server.live").joinpath("live.html").read_text()
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
-    script = "".join(files("kvwise.server").joinpath(name).read_text() for name in _FILES if name.endswith(".js"))
+    script = "".join(files("kvwise.server.live").joinpath(name).read_text() for name in _FILES if name.endswith(".js"))
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage.*key\b", script)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvwise.models.loaded import LoadedModel
-from kvwise.server import live_feed
+from kvwise.server.live import feed as live_feed
 from tests.server.conftest import Served, make_server, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

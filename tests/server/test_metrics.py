@@ -20,9 +20,9 @@ from kvwise.core.params import SamplingParams
 from kvwise.core.tiering import parse_tier
 from kvwise.methods.catalogue import parse
 from kvwise.server.context import Server
-from kvwise.server.metric_table import ENGINE_METRICS, METRICS, Kind, one_two_five
-from kvwise.server.metrics import Metrics, routes
-from kvwise.server.metrics_page import document
+from kvwise.server.observing.metric_table import ENGINE_METRICS, METRICS, Kind, one_two_five
+from kvwise.server.observing.metrics import Metrics, routes
+from kvwise.server.observing.metrics_page import document
 from tests.server.conftest import Served, key_file
 from tests.server.telling import GREEDY, a_load, a_record, ask, read, some_metrics, started, until
 
@@ -467,7 +467,9 @@ def test_the_route_adds_metrics_where_nobody_did(make: Make) -> None:
 
 def test_the_page_of_metrics_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "observability.md"
-    assert page.read_text() == document(), "make it anew: python -m kvwise.server.metrics_page > docs/observability.md"
+    assert page.read_text() == document(), (
+        "make it anew: make docs"
+    )
 
 
 def test_the_page_lists_every_metric() -> None:
@@ -478,7 +480,7 @@ def test_the_page_lists_every_metric() -> None:
 
 @pytest.fixture(scope="module")
 def dashboard() -> Any:
-    return json.loads(files("kvwise.server").joinpath("grafana.json").read_text())
+    return json.loads(files("kvwise.server.observing").joinpath("grafana.json").read_text())
 
 
 def test_the_dashboard_asks_only_for_what_there_is(dashboard: Any) -> None:

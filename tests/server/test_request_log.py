@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvwise.core.output import Attestation
-from kvwise.server.request_log import LOGGER, MAX_PROMPT_CHARS, RequestLog
+from kvwise.server.observing.request_log import LOGGER, MAX_PROMPT_CHARS, RequestLog
 from tests.server.telling import a_record, some_metrics
 
 
@@ -126,8 +126,8 @@ def test_a_closed_stderr_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pipe_that_nobody_reads_holds_no_request_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvwise.server.request_log._MAX_WAITING", 10)
-    monkeypatch.setattr("kvwise.server.request_log._CLOSE_S", 0.01)
+    monkeypatch.setattr("kvwise.server.observing.request_log._MAX_WAITING", 10)
+    monkeypatch.setattr("kvwise.server.observing.request_log._CLOSE_S", 0.01)
     gate, entered = threading.Event(), threading.Event()
 
     class Stuck(io.StringIO):

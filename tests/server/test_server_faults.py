@@ -24,8 +24,8 @@ from kvwise.engine.service import ServiceLimits, State
 from kvwise.methods.retention.h2o import H2O
 from kvwise.models.load import load_model
 from kvwise.models.loaded import LoadedModel
+from kvwise.server.observing.request_log import RequestLog
 from kvwise.server.protocol import GuardedProtocol
-from kvwise.server.request_log import RequestLog
 from kvwise.server.run import watchdog
 from tests.server.asgi import Pace
 from tests.server.conftest import Served, make_server, serving

@@ -16,13 +16,13 @@ from starlette.requests import HTTPConnection
 from kvwise.cache.ttl import Ttl
 from kvwise.core.clock import VirtualClock
 from kvwise.core.errors import UsageError
-from kvwise.server import tenants as module
 from kvwise.server.errors import ApiError
-from kvwise.server.keys_edit import add_key, read_keys, remove_key, remove_tenant
-from kvwise.server.keys_file import hash_key, parse_keys, read_admin_key, show_hash
-from kvwise.server.quota import show_reset
 from kvwise.server.settings import ServerSettings
-from kvwise.server.tenants import Tenant, Tenants
+from kvwise.server.tenancy import tenants as module
+from kvwise.server.tenancy.keys_edit import add_key, read_keys, remove_key, remove_tenant
+from kvwise.server.tenancy.keys_file import hash_key, parse_keys, read_admin_key, show_hash
+from kvwise.server.tenancy.quota import show_reset
+from kvwise.server.tenancy.tenants import Tenant, Tenants
 
 ADMIN = "the-administrator's-own-key"
 

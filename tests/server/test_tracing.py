@@ -19,12 +19,12 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from kvwise.core.clock import Clock, VirtualClock
 from kvwise.core.errors import UsageError
-from kvwise.server import tracing as tracing_module
 from kvwise.server.context import Server
-from kvwise.server.metrics import Metrics
-from kvwise.server.observing import observe
-from kvwise.server.request_log import RequestLog
-from kvwise.server.tracing import Tracing, open_tracing
+from kvwise.server.observing import tracing as tracing_module
+from kvwise.server.observing.metrics import Metrics
+from kvwise.server.observing.observers import observe
+from kvwise.server.observing.request_log import RequestLog
+from kvwise.server.observing.tracing import Tracing, open_tracing
 from tests.server.telling import a_record, ask, some_metrics, started
 
 WALL = 1_000_000.0  # seconds since 1970, when the clock says 20

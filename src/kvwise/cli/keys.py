@@ -26,7 +26,7 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Make a random key, store its hash, and print the key: this once, for it is kept nowhere."""
-    from kvwise.server.keys_edit import add_key
+    from kvwise.server.tenancy.keys_edit import add_key
 
     key = add_key(file, tenant)
     if as_json:
@@ -39,7 +39,7 @@ def add(
 @app.command("ls")
 def list_keys(file: File, as_json: Json = False) -> None:
     """List tenants and keys; `id` is the salt under which the tenant's KV lies in tiers."""
-    from kvwise.server.keys_edit import read_keys
+    from kvwise.server.tenancy.keys_edit import read_keys
 
     keys = read_keys(file)
     if as_json:
@@ -65,7 +65,7 @@ def rm(
     tenant: Annotated[str | None, typer.Option(help="All of a tenant, and itself.")] = None,
 ) -> None:
     """Remove a key, or a tenant with all its keys. Without its first key a tenant starts with an empty cache."""
-    from kvwise.server.keys_edit import remove_key, remove_tenant
+    from kvwise.server.tenancy.keys_edit import remove_key, remove_tenant
 
     if (key is None) == (tenant is None):
         raise UsageError("say which: KEY or --tenant, one of them")

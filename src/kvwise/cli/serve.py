@@ -145,7 +145,7 @@ def serve(options: ServeOptions, engine: EngineOptions, config: Config = None) -
     from kvwise.methods.catalogue import parse
     from kvwise.server.log import logging_to
     from kvwise.server.run import run
-    from kvwise.server.tenants import Tenants
+    from kvwise.server.tenancy.tenants import Tenants
 
     limits = ServiceLimits(options.max_waiting, options.max_waiting_tokens, settings.slow_reader_s, watchdog_s)
     strategies = [parse(name) for name in names]

@@ -11,11 +11,15 @@ from starlette.types import ASGIApp, Scope
 
 from kvwise import __version__
 from kvwise.core.errors import KvwiseError
-from kvwise.server import admin, chat, completions, health, live, metrics, model_routes, tokenize
+from kvwise.server import health
+from kvwise.server.admin import routes as admin
+from kvwise.server.api import chat, completions, model_routes, tokenize
 from kvwise.server.context import Server
 from kvwise.server.errors import INVALID, NOT_FOUND, ApiError, as_api_error
 from kvwise.server.faults import as_fault
 from kvwise.server.limits import Limits
+from kvwise.server.live import routes as live
+from kvwise.server.observing import metrics
 from kvwise.server.openapi import document, locked_paths
 
 _MODULES = (health, model_routes, chat, completions, tokenize, metrics, admin, live)

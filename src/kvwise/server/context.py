@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from kvwise.engine.service import EngineService
 from kvwise.server.record import RequestObserver
 from kvwise.server.settings import ServerSettings
-from kvwise.server.tenants import Tenants
+from kvwise.server.tenancy.tenants import Tenants
 
 
 @dataclass(slots=True)

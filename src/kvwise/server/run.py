@@ -18,16 +18,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvwise.core.errors import KvwiseError, UsageError
 from kvwise.engine.service import EngineService, State, Unavailable
+from kvwise.server.admin.warm import warm_up
 from kvwise.server.app import create_app, envelope
 from kvwise.server.context import Server
 from kvwise.server.health import HEALTH, health_answer
 from kvwise.server.limits import Limits
 from kvwise.server.log import let_go
-from kvwise.server.observing import observe
+from kvwise.server.observing.observers import observe
 from kvwise.server.protocol import guarded
 from kvwise.server.settings import ServerSettings
-from kvwise.server.tenants import Tenants
-from kvwise.server.warm import warm_up
+from kvwise.server.tenancy.tenants import Tenants
 
 _log = logging.getLogger(__name__)
 _LAST_BYTES_S = 5  # after the drain, for answers to be written and the engine's thread to end

@@ -1,0 +1,1 @@
+"""OpenAI's routes: what a request may ask for, and how it is answered."""
