@@ -97,11 +97,14 @@ class Pace:
         self._may = threading.Condition()
         self._allowed = 0.0
         self.taken = 0
+        self.stands = False  # a step waits to be allowed: commands to the engine wait too
         engine.step = self._paced
 
     def _paced(self) -> Any:
         with self._may:
+            self.stands = True
             self._may.wait_for(lambda: self.taken < self._allowed)
+            self.stands = False
             self.taken += 1
         return self._step()
 

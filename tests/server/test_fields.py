@@ -42,7 +42,7 @@ def unsupported(*neutral: Any, refused: tuple[Any, ...]) -> Case:
 TTL = {"in_memory": Ttl(3600.0, 600.0), "24h": Ttl(86400.0, 86400.0)}
 COMMON: dict[str, Case] = {
     "model": Case(refused=("", 3, None, True, "x" * 300)),
-    "stream": Case(refused=(1, "true", 0)),  # acts: test_streaming
+    "stream": Case(refused=(1, "true", 0)),  # acts: test_answers_as_streams
     "stream_options": Case(refused=({}, True, {"include_usage": 1}, {"x": 1}, {"include_obfuscation": True})),
     "max_tokens": number("max_tokens", {1: 1, 7: 7}, 0, -1, 1.0),
     "min_tokens": number("min_tokens", {0: 0, 3: 3, None: 0}, -1, 2.0, 17),

@@ -467,9 +467,7 @@ def test_the_route_adds_metrics_where_nobody_did(make: Make) -> None:
 
 def test_the_page_of_metrics_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "observability.md"
-    assert page.read_text() == document(), (
-        "make it anew: make docs"
-    )
+    assert page.read_text() == document(), "make it anew: make docs"
 
 
 def test_the_page_lists_every_metric() -> None:

@@ -57,8 +57,8 @@ Beside these, the page has what every Prometheus client tells of its process (`p
 
 ## Dashboard
 
-`kvwise/server/observing/grafana.json` in the installed package is a Grafana dashboard of these metrics: import it and choose the
-data source, the model and the engines at the top.
+`kvwise/server/observing/grafana.json` in the installed package is a Grafana dashboard of these metrics: import it and
+choose the data source, the model and the engines at the top.
 
 ## One line for each request
 
