@@ -87,16 +87,27 @@ class Stream:
             self.aborted = True
             self._abort(self)
 
+    def wake(self, event: asyncio.Event) -> None:
+        """Set this event, which a reader of several streams waits for, whenever there is something to `take`."""
+        if self._wake.is_set():
+            event.set()
+        self._wake = event
+
+    def take(self) -> list[News]:
+        """What is unread, now; raises what the engine refused the request for."""
+        if self._error is not None:
+            raise self._error
+        news, self._news, self._since = self._news, {}, None
+        return list(news.values())
+
     async def __aiter__(self) -> AsyncIterator[News]:
         """News as they come, until all samples have ended; raises what the engine refused the request for."""
         while not self.ended or self._news:
             await self._wake.wait()
             self._wake.clear()
-            news, self._news, self._since = self._news, {}, None
-            for one in news.values():
+            for one in self.take():
                 yield one
-            if self._error is not None:
-                raise self._error
+        self.take()
 
     async def begun(self) -> None:
         """Wait until there is something to read; raises what the engine refused the request for."""

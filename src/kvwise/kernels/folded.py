@@ -1,6 +1,6 @@
 """States that stand for tokens that have left, and the feature maps through which queries and keys meet in them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Maps:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class FoldedStates:
     values: Tensor  # H float32 [rows, L, H, R, D]
     weights: Tensor  # z float32 [rows, L, H, R]
     maps: Maps
+    addresses: tuple[int, ...] = field(init=False)  # of values, weights and the maps' tensors, in order
 
     def __post_init__(self) -> None:
         maps = self.maps
@@ -75,5 +76,7 @@ class FoldedStates:
         for name, tensor in {"values": self.values, "weights": self.weights, **maps.tensors()}.items():
             if tensor.shape != wanted[name] or tensor.dtype != torch.float32 or not tensor.is_contiguous():
                 raise UsageError(f"{name} {tuple(tensor.shape)} {tensor.dtype} must be float32 {wanted[name]}")
+        tensors = (self.values, self.weights, *maps.tensors().values())
+        object.__setattr__(self, "addresses", tuple(tensor.data_ptr() for tensor in tensors))
         if num_query_heads % num_heads:
             raise UsageError(f"{num_query_heads} query heads are not a multiple of {num_heads} KV heads")

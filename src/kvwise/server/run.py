@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -124,6 +125,7 @@ class _Run:
             warm = asyncio.create_task(warm_up(server))
             await self._unless_told_to_end(warm)
             if not self.told_to_end.is_set():
+                _freeze()
                 on_ready(server, self.url)
             await self.told_to_end.wait()
             _log.info("draining: %d requests are running", len(service.streams()))
@@ -175,6 +177,12 @@ async def watchdog(service: EngineService, interval_s: float = _WATCH_S) -> None
             _log.warning("the server is %s again", state)
             told = State.READY
         await asyncio.sleep(interval_s)
+
+
+def _freeze() -> None:
+    """What has been made until now stays: collections of garbage do not look at it again, which takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 def _listen(settings: ServerSettings) -> socket.socket:

@@ -117,7 +117,8 @@ class Cascading(Strided):
         num_layers, num_heads, _ = mass.shape
         received = mass.sum(1) if self.homogeneous else mass.reshape(num_layers * num_heads, -1)
         score = np.empty((len(received), layout.end + num_new), np.float32)
-        score[:, self.asks(layout, num_new)] = received
+        if mass.shape[2]:
+            score[:, self.asks(layout, num_new)] = received
         entry = Entry(score, {}, layout.rotation_in(places.num_slots))
         for number in range(num_new):
             self._enter(layout.num_tokens + number, layout.end + number, queues, entry)

@@ -82,7 +82,8 @@ class Generation:
         self._wake = asyncio.Event()
         self._refusal: Exception | None = None
         self._watcher: asyncio.Task[None]
-        self._readers: list[asyncio.Task[None]]
+        for stream in streams:
+            stream.wake(self._wake)
 
     @classmethod
     def submit(cls, server: Server, request: Request, order: Order, record: RequestRecord) -> "Generation":
@@ -112,7 +113,6 @@ class Generation:
 
     async def __aenter__(self) -> "Generation":
         self._watcher = asyncio.create_task(self._watch())
-        self._readers = [asyncio.create_task(self._read(number, one)) for number, one in enumerate(self.streams)]
         return self
 
     async def __aexit__(
@@ -121,11 +121,11 @@ class Generation:
         try:
             for stream in self.streams:
                 stream.abort()
-            if not all(reader.done() for reader in self._readers):
-                await asyncio.wait(self._readers, timeout=_LAST_NEWS_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_NEWS_S):
+                    await self._until_ended()
         finally:
-            for task in (self._watcher, *self._readers):
-                task.cancel()
+            self._watcher.cancel()
             self._lease.finish(sum(stream.num_tokens for stream in self.streams))
             note_end(self._server, self.record, error)
 
@@ -138,15 +138,21 @@ class Generation:
             stream.abort()
         self._wake.set()
 
-    async def _read(self, number: int, stream: Stream) -> None:
-        """Gather what is told of one prompt until somebody takes it."""
-        first = number * self.order.num_samples
-        try:
-            async for news in stream:
-                self._gather(first + news.index, news)
-        except Exception as error:
-            self._refusal = self._refusal or error
-        self._wake.set()
+    async def _until_ended(self) -> None:
+        self._take()
+        while not all(stream.ended for stream in self.streams):
+            await self._wake.wait()
+            self._wake.clear()
+            self._take()
+
+    def _take(self) -> None:
+        """Gather what is told of all prompts until somebody asks for it."""
+        for number, stream in enumerate(self.streams):
+            try:
+                for news in stream.take():
+                    self._gather(number * self.order.num_samples + news.index, news)
+            except Exception as error:
+                self._refusal = self._refusal or error
 
     def _gather(self, index: int, news: News) -> None:
         if news.finish_reason is not None:
@@ -155,7 +161,6 @@ class Generation:
             self._news[index].add(news)
         else:
             self._news[index] = news
-        self._wake.set()
 
     def _note_end_of(self, index: int, end: News) -> None:
         record = self.record
@@ -198,6 +203,7 @@ class Generation:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
+        self._take()
         if not self.disconnected and (failure := self.failure) is not None:
             raise failure
 
@@ -212,6 +218,7 @@ class Generation:
                 async with asyncio.timeout(timeout_s):
                     await self._wake.wait()
             self._wake.clear()
+            self._take()
             taken, self._news = self._news, {}
             if self.disconnected:
                 return
