@@ -275,6 +275,10 @@ class EngineService:
         """Figures of all engines, the default's first, at most a tenth of a second old."""
         return [self._thread.snapshots[name] for name in self.strategies]
 
+    async def refresh(self, timeout_s: float) -> None:
+        """Make `snapshots` new, which a step that is running can hold up; for at most `timeout_s`."""
+        await asyncio.wait([asyncio.wrap_future(self._thread.ask(self._thread.note_figures))], timeout=timeout_s)
+
     @property
     def retired(self) -> list[EngineSnapshot]:
         """The last figures of engines that a switch has replaced, oldest first."""

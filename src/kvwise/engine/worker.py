@@ -85,8 +85,7 @@ class EngineThread:
         self._tell = tell
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="kvwise-engine", daemon=True)
-        for lane in self.lanes.values():
-            self._note_figures(lane)
+        self.note_figures()
 
     # -- on any thread ------------------------------------------------------------------------------------------
 
@@ -139,6 +138,11 @@ class EngineThread:
         lane.engine.abort(request_id)
         self._hand_over(lane, lane.engine.collect())
 
+    def note_figures(self) -> None:
+        """Make the snapshots new."""
+        for lane in self.lanes.values():
+            self._note_figures(lane)
+
     def replace(self, lane: Lane, make: Callable[[], Engine]) -> Lane:
         """Another engine in the place of one without requests: its lane."""
         self._note_figures(lane)
@@ -186,7 +190,7 @@ class EngineThread:
         """What engines without requests have to do."""
         for lane in self.lanes.values():
             lane.engine.idle()
-            self._note_figures(lane)
+        self.note_figures()
 
     def _step(self, lane: Lane) -> None:
         began = self.busy_since = self._clock.now()

@@ -45,6 +45,7 @@ from kvwise.server.context import Server
 from kvwise.server.errors import NOT_FOUND, ApiError
 from kvwise.server.tenancy.tenant import Tenant
 
+_FRESH_S = 1.0  # that figures may wait for a step to end
 _T = TypeVar("_T")
 
 
@@ -57,9 +58,10 @@ class Administration:
 
     # -- looking ------------------------------------------------------------------------------------------------
 
-    def stats(self) -> StatsAnswer:
-        """Figures as of the last snapshots."""
+    async def stats(self) -> StatsAnswer:
+        """Figures of now; while a long step runs, those from before it."""
         service = self._service
+        await service.refresh(_FRESH_S)
         waiting, waiting_tokens = service.num_waiting
         engines = [
             EngineEntry(

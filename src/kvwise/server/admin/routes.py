@@ -43,7 +43,7 @@ def routes(server: Server) -> APIRouter:
 def _look(router: APIRouter, do: Administration) -> None:
     @router.get("/stats", summary="Figures of engines and tenants")
     async def stats() -> StatsAnswer:
-        return do.stats()
+        return await do.stats()
 
     @router.post("/residence", summary="Where a prompt's KV is")
     async def residence(body: PromptQuery) -> ResidenceAnswer:
