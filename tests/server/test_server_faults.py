@@ -392,6 +392,8 @@ def test_a_step_without_memory_fails_its_own_requests_only(
     told.until_queued(2)
     waiting = [told.ask(letter + PROMPT) for letter in "ab"]
     told.until_queued(4)
+    steps.allow(2)
+    assert stream.socket.recv(1, socket.MSG_PEEK)  # its answer has begun: the status cannot be changed any more
     steps.allow(float("inf"))
     said = events(stream)
     assert said[-1]["error"]["code"] == "internal_error"
