@@ -198,12 +198,17 @@ def test_ctrl_c_tells_what_there_is(server: FakeServer) -> None:
         return Reply(hold=number >= 3)
 
     server.reply = reply
-    begin = [sys.executable, "-c", "from kvwise.cli.main import main; main()", "bench", "--base-url", server.url]
-    command = [*begin, *SMALL, "--max-concurrency", "1", "--json"]
+    # Whoever runs the tests may ignore Ctrl-C (a job in the background does), and children inherit that.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    begin = [sys.executable, "-c", f"{listen}; from kvwise.cli.main import main; main()", "bench"]
+    command = [*begin, "--base-url", server.url, *SMALL, "--max-concurrency", "1", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert held.wait(60)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            assert held.wait(60)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     found = json.loads(out)
     assert (found["completed"], found["interrupted"], found["num_planned"]) == (3, True, 5)
