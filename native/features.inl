@@ -111,6 +111,12 @@ inline void add_token(const MapShape& shape, const float* psi, const float* valu
     }
 }
 
+// A state lies anywhere: ask for it before the maps are read.
+__attribute__((always_inline)) inline void ask_for_states(const MapShape& shape, const States& states, int64_t request) {
+    const float* values = states.values + request * states.value_stride;
+    for (int64_t i = 0; i < int64_t(shape.rank) * shape.dim; i += 16) __builtin_prefetch(values + i);
+}
+
 void fold(const FoldTask& task) {
     const MapShape& shape = *task.shape;
     const int64_t stride = whole_vectors(shape.rank);
@@ -119,7 +125,10 @@ void fold(const FoldTask& task) {
     for_map_rows(task.num_tokens, [&](int64_t first, auto count) {
         constexpr int kRows = decltype(count)::value;
         const float* keys[kRows];
-        for (int r = 0; r < kRows; ++r) keys[r] = task.keys + task.tokens[first + r] * shape.dim;
+        for (int r = 0; r < kRows; ++r) {
+            keys[r] = task.keys + task.tokens[first + r] * shape.dim;
+            ask_for_states(shape, task.states, task.requests[task.tokens[first + r]]);
+        }
         features_of<kRows>(shape, task.in, task.out, keys, task.scratch, features);
         for (int r = 0; r < kRows; ++r) {
             const int64_t token = task.tokens[first + r], request = task.requests[token];
@@ -164,7 +173,10 @@ void merge_folded(const MergeTask& task) {
     for_map_rows(task.num_rows, [&](int64_t first, auto count) {
         constexpr int kRows = decltype(count)::value;
         const float* queries[kRows];
-        for (int r = 0; r < kRows; ++r) queries[r] = task.queries + (first + r) * task.query_stride;
+        for (int r = 0; r < kRows; ++r) {
+            queries[r] = task.queries + (first + r) * task.query_stride;
+            ask_for_states(shape, task.states, task.requests[first + r]);
+        }
         features_of<kRows>(shape, task.in, task.out, queries, task.scratch, features);
         for (int r = 0; r < kRows; ++r) merge_row(task, first + r, features + r * whole_vectors(shape.rank));
     });

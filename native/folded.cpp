@@ -50,6 +50,15 @@ FoldTask fold_task(const Folded& folded, const Leavers& leavers, int64_t kind) {
     return task;
 }
 
+// Neighbours go to one thread, which asks early for the map behind the one at hand.
+template <class Body>
+void for_neighbours(int64_t n, int threads, Body body) {
+    const int64_t each = (n + threads - 1) / threads;
+    parallel_for(threads, threads, [&](int64_t run, int worker) {
+        for (int64_t i = run * each; i < std::min(n, (run + 1) * each); ++i) body(i, worker);
+    });
+}
+
 }  // namespace
 
 void fold_tokens(const InstructionSet& set, const Folded& folded, const Leavers& leavers, int num_threads) {
@@ -69,7 +78,7 @@ void fold_tokens(const InstructionSet& set, const Folded& folded, const Leavers&
     const int threads = useful_threads(folded.shape, leavers.n, num_threads);
     const int64_t room = map_scratch(folded.shape);
     std::vector<float> scratch(threads * room);
-    parallel_for(int64_t(kinds.size()), threads, [&](int64_t i, int worker) {
+    for_neighbours(int64_t(kinds.size()), threads, [&](int64_t i, int worker) {
         FoldTask task = fold_task(folded, leavers, kinds[i]);
         task.tokens = tokens.data() + ends[kinds[i]];
         task.num_tokens = ends[kinds[i] + 1] - ends[kinds[i]];
@@ -85,7 +94,7 @@ void merge_answers(const InstructionSet& set, const Folded& folded, const Answer
     const int threads = useful_threads(shape, answers.num_rows * folded.num_query_heads, num_threads);
     const int64_t room = map_scratch(shape);
     std::vector<float> scratch(threads * room);
-    parallel_for(folded.num_query_heads, threads, [&](int64_t head, int worker) {
+    for_neighbours(folded.num_query_heads, threads, [&](int64_t head, int worker) {
         const int64_t map = answers.layer * folded.num_query_heads + head;
         const int64_t kv_head = head / (folded.num_query_heads / folded.num_heads);
         MergeTask task{};

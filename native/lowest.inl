@@ -37,4 +37,24 @@ void lowest(const float* numbers, int64_t n, float* least, int64_t* where) {
     if (!number) *least = __builtin_nanf("");
 }
 
+constexpr int64_t kPagesAhead = 8;
+
+void lowest_mass(const MassTask& task, float* least, int64_t* where) {
+    const int64_t size = task.block_size;
+    for (int64_t slot = task.first; slot < task.stop;) {
+        if (const int64_t ahead = slot + kPagesAhead * size; ahead < task.stop) {  // pages lie anywhere
+            __builtin_prefetch(task.mass + task.table[ahead / size] * size);
+            __builtin_prefetch(task.positions + task.table[ahead / size] * size);
+        }
+        const int64_t in_page = slot % size, count = size - in_page < task.stop - slot ? size - in_page : task.stop - slot;
+        const int64_t start = task.table[slot / size] * size + in_page;
+        const float* __restrict mass = task.mass + start;
+        const int32_t* __restrict positions = task.positions + start;
+        float* __restrict worth = task.scratch + (slot - task.first);
+        for (int64_t i = 0; i < count; ++i) worth[i] = positions[i] <= task.newest ? mass[i] : __builtin_inff();
+        slot += count;
+    }
+    lowest(task.scratch, task.stop - task.first, least, where);
+}
+
 }  // namespace

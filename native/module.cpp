@@ -162,6 +162,25 @@ void bind_rows(nb::module_& m) {
         const RankedRows rows{at<const float>(numbers), width, at<const int32_t>(first), at<const int32_t>(stop), n};
         lowest_of_rows(functions, rows, at<float>(least), at<int64_t>(where), num_threads);
     });
+    m.def("lowest_mass", [](const std::string& set, uintptr_t mass, uintptr_t positions, int64_t num_pages,
+                            int64_t block_size, uintptr_t tables, int64_t width, uintptr_t first, uintptr_t stop,
+                            uintptr_t newest, int64_t n, uintptr_t least, uintptr_t where, int num_threads) {
+        const InstructionSet& functions = set_called(set);
+        const nb::gil_scoped_release unlocked;
+        const RankedSlots slots{at<const float>(mass),     at<const int32_t>(positions), num_pages,
+                                block_size,                at<const int32_t>(tables),    width,
+                                at<const int32_t>(first),  at<const int32_t>(stop),      at<const int32_t>(newest),
+                                n};
+        lowest_of_slots(functions, slots, at<float>(least), at<int64_t>(where), num_threads);
+    });
+    m.def(
+        "angles",
+        [](uintptr_t positions, int64_t n, uintptr_t inv_freq, int64_t half, uintptr_t cos, uintptr_t sin,
+           uintptr_t which) {
+            return angles_of(at<const int64_t>(positions), n, at<const double>(inv_freq), half, at<float>(cos),
+                             at<float>(sin), at<int64_t>(which));
+        },
+        Unlocked());
     m.def(
         "turn_rows",
         [](uintptr_t rows, int64_t num_rows, int64_t dim, uintptr_t cos, uintptr_t sin, int64_t num_angles,

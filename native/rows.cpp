@@ -2,9 +2,12 @@
 #include "rows.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
+#include <vector>
 
 #include "threads.h"
 
@@ -20,6 +23,13 @@ char* row_at(const Arena& arena, int64_t slot) {
                                     std::to_string(arena.num_slots) + " slots");
     }
     return arena.data + slot * arena.row_bytes;
+}
+
+void check_inside(int64_t first, int64_t stop, int64_t width) {
+    if (first < 0 || stop > width) {
+        throw std::invalid_argument("slots " + std::to_string(first) + " to " + std::to_string(stop) +
+                                    " lie outside a row of " + std::to_string(width));
+    }
 }
 
 // Always inlined: GCC takes a function that only prefetches for one without effect, and drops its calls.
@@ -85,14 +95,53 @@ void lowest_of_rows(const InstructionSet& set, const RankedRows& rows, float* le
     for_runs(rows.n, rows.width * int64_t(sizeof(float)), num_threads, [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
             const int64_t first = rows.first[i], stop = rows.stop[i];
-            if (first < 0 || stop > rows.width) {
-                throw std::invalid_argument("slots " + std::to_string(first) + " to " + std::to_string(stop) +
-                                            " lie outside a row of " + std::to_string(rows.width));
-            }
+            check_inside(first, stop, rows.width);
             set.lowest(rows.numbers + i * rows.width + first, std::max<int64_t>(0, stop - first), least + i, where + i);
             where[i] += first;
         }
     });
+}
+
+void lowest_of_slots(const InstructionSet& set, const RankedSlots& slots, float* least, int64_t* where,
+                     int num_threads) {
+    const int64_t size = slots.block_size, most = slots.width * size;
+    for_runs(slots.n, most * int64_t(sizeof(float)), num_threads, [&](int64_t from, int64_t to) {
+        std::vector<float> scratch(most);
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t first = slots.first[i], stop = std::max<int64_t>(first, slots.stop[i]);
+            const int32_t* table = slots.tables + i * slots.width;
+            check_inside(first, stop, most);
+            for (int64_t page = first / size; page * size < stop; ++page) {
+                if (table[page] >= 0 && table[page] < slots.num_pages) continue;
+                throw std::invalid_argument("page " + std::to_string(table[page]) + " lies outside columns of " +
+                                            std::to_string(slots.num_pages) + " pages");
+            }
+            const MassTask task{slots.mass, slots.positions, table,          size, first,
+                                stop,       slots.newest[i], scratch.data()};
+            set.lowest_mass(task, least + i, where + i);
+            where[i] += first;
+        }
+    });
+}
+
+int64_t angles_of(const int64_t* positions, int64_t n, const double* inv_freq, int64_t half, float* cos, float* sin,
+                  int64_t* which) {
+    std::unordered_map<int64_t, int64_t> known;
+    for (int64_t i = 0; i < n; ++i) {
+        if (i > 0 && positions[i] == positions[i - 1]) {
+            which[i] = which[i - 1];
+            continue;
+        }
+        const auto [found, is_new] = known.try_emplace(positions[i], int64_t(known.size()));
+        which[i] = found->second;
+        if (!is_new) continue;
+        for (int64_t j = 0; j < half; ++j) {
+            const double angle = double(positions[i]) * inv_freq[j];
+            cos[which[i] * half + j] = float(std::cos(angle));
+            sin[which[i] * half + j] = float(std::sin(angle));
+        }
+    }
+    return int64_t(known.size());
 }
 
 void turn_rows(const PlainRows& rows, const Angles& angles, const int64_t* which, int64_t n, float* out,

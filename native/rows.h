@@ -35,6 +35,24 @@ struct RankedRows {
 
 void lowest_of_rows(const InstructionSet& set, const RankedRows& rows, float* least, int64_t* where, int num_threads);
 
+// Of each of n heads, the least mass between slots first[i] and stop[i] in table order, columns [pages, block_size] by
+// page tables [n, width], among positions up to newest[i].
+struct RankedSlots {
+    const float* mass;
+    const int32_t* positions;
+    int64_t num_pages;
+    int64_t block_size;
+    const int32_t* tables;
+    int64_t width;
+    const int32_t* first;
+    const int32_t* stop;
+    const int32_t* newest;
+    int64_t n;
+};
+
+void lowest_of_slots(const InstructionSet& set, const RankedSlots& slots, float* least, int64_t* where,
+                     int num_threads);
+
 // Rows float32 [num_rows, dim] and angles [num_angles, half] by which their first 2 * half dims can turn: halves, or
 // interleaved pairs.
 struct PlainRows {
@@ -50,6 +68,11 @@ struct Angles {
     int64_t half;
     bool interleaved;
 };
+
+// Of n positions, the cosines and sines [m, half] of the m different ones, in the order in which they first come; whose
+// is which [n]. cos and sin have room for n. Returns m.
+int64_t angles_of(const int64_t* positions, int64_t n, const double* inv_freq, int64_t half, float* cos, float* sin,
+                  int64_t* which);
 
 // Row i of out [n, dim] is row i % num_rows turned by angle which[i].
 void turn_rows(const PlainRows& rows, const Angles& angles, const int64_t* which, int64_t n, float* out,

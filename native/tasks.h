@@ -150,6 +150,18 @@ inline int64_t prefill_workspace(const Shape& shape) {
            int64_t(kPrefillKeys + 16) * 3 * kMaxLanes + 8 * (kPrefillRows + 3 * kMaxLanes);
 }
 
+// A head's slots [first, stop) in table order, their masses and positions in columns [pages, block_size].
+struct MassTask {
+    const float* mass;
+    const int32_t* positions;
+    const int32_t* table;
+    int64_t block_size;
+    int64_t first;
+    int64_t stop;
+    int32_t newest;  // the last position that may leave
+    float* scratch;  // [stop - first]
+};
+
 // The functions of one instruction set.
 struct InstructionSet {
     const char* name;
@@ -164,6 +176,8 @@ struct InstructionSet {
     void (*merge_folded)(const MergeTask&);
     // The least of n numbers (nan: one is none; infinite: there are none) and the first place it is at.
     void (*lowest)(const float* numbers, int64_t n, float* least, int64_t* where);
+    // Likewise of masses, infinite for what may not leave; `where` counts from slot `first`.
+    void (*lowest_mass)(const MassTask&, float* least, int64_t* where);
     // Round n float32 values to the storage type.
     void (*narrow)(Storage, const float* source, void* target, int64_t n);
     // Read n floats and nothing else: what memory can deliver at most. Returns their sum.

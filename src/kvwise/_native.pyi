@@ -89,6 +89,24 @@ def lowest(
     num_threads: int,
     /,
 ) -> None: ...
+def lowest_mass(
+    instruction_set: str,
+    mass: int,
+    positions: int,
+    num_pages: int,
+    block_size: int,
+    tables: int,
+    width: int,
+    first: int,
+    stop: int,
+    newest: int,
+    n: int,
+    least: int,
+    where: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def angles(positions: int, n: int, inv_freq: int, half: int, cos: int, sin: int, which: int, /) -> int: ...
 def turn_rows(
     rows: int,
     num_rows: int,

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
+import torch
 
 from kvwise.core.errors import StrategyError, UsageError
 from kvwise.core.method import Axis, Method, Trait
@@ -15,6 +16,7 @@ from kvwise.methods.encoding.base import Encoding
 from kvwise.methods.loading.base import Loading
 from kvwise.methods.retention.base import Retention
 from kvwise.methods.selection.base import Selection
+from tests.methods.retention_views import decode_view
 
 METHODS = list(catalogue())
 CHOSEN = [kind for kind in METHODS if not kind.default]
@@ -51,6 +53,26 @@ def whole(*methods: Any) -> str:
     kinds = [catalogue().find(line.partition("(")[0]) for line in lines]
     needed = any(Trait.NEEDS_PREFIX_KEYS in kind.traits for kind in kinds)
     return "+".join(lines + ["prefix"] * (needed and all(kind.axis is not Axis.REUSE for kind in kinds)))
+
+
+BY_MASS = [kind() for kind in CHOSEN if issubclass(kind, Retention) and kind().ranks_by_mass]
+
+
+@pytest.mark.parametrize("method", BY_MASS, ids=lambda method: method.name)
+def test_what_ranks_by_mass_says_so_in_its_worth(method: Retention) -> None:
+    """Kernels that choose by mass must choose as `worth` would."""
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randint(50, (2, 3, 2, 40), generator=generator, dtype=torch.int32)
+    mass, marks = torch.rand(positions.shape, generator=generator), [7, 0]
+    view = decode_view(
+        positions, torch.ones_like(positions, dtype=torch.bool), [50, 45], [40, 40], mass=mass, marks=marks
+    )
+    last_older = torch.tensor([50 - 7 - 1, 45 - 1])[:, None, None, None]
+    assert torch.equal(method.worth(view), mass.masked_fill(positions > last_older, torch.inf))
+
+
+def test_some_methods_rank_by_mass() -> None:
+    assert {method.name for method in BY_MASS} >= {"h2o", "less"}
 
 
 @pytest.mark.parametrize("kind", METHODS, ids=lambda k: k.name)

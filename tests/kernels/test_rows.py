@@ -206,6 +206,18 @@ def test_without_native_kernels_the_reference_runs_and_says_so(
     assert "without its native kernels" in caplog.text
 
 
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 40)])
+def test_angles(kernels: Kernels, shape: tuple[int, ...]) -> None:
+    """Each position once, however far, forwards and back."""
+    inv_freq = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    positions = torch.randint(-5, 6, shape, generator=torch.Generator().manual_seed(0)) * 12345
+    cos, sin, which = kernels.angles(positions, inv_freq)
+    assert len(cos) == len(sin) == len(positions.unique())
+    wanted = positions.double()[..., None] * inv_freq.double()
+    assert torch.allclose(cos[which].double(), wanted.cos(), rtol=0, atol=1e-7)
+    assert torch.allclose(sin[which].double(), wanted.sin(), rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize("width", [1, 5, 16, 37, 416])
 def test_lowest(kernels: Kernels, width: int) -> None:
     """Few different numbers, so that many are equal: the earliest leaves."""
@@ -229,6 +241,49 @@ def test_lowest_of_what_is_no_number(kernels: Kernels, at: int) -> None:
     least, _ = kernels.lowest(worth, *bounds)
     assert bool(least[0].isnan())
     assert not bool(least[1].isnan())
+
+
+@pytest.mark.parametrize("size", [4, 16])
+def test_lowest_mass(kernels: Kernels, size: int) -> None:
+    """Few different masses, bounds anywhere in the tables, and now and then nobody who may leave."""
+    generator = torch.Generator().manual_seed(size)
+    n, width, num_pages = 150, 5, 40
+    mass = torch.randint(4, (num_pages, size), generator=generator).float()
+    positions = torch.randint(60, (num_pages, size), generator=generator, dtype=torch.int32)
+    tables = torch.randint(num_pages, (n, width), generator=generator, dtype=torch.int32)
+    bounds = torch.randint(width * size + 1, (2, n), generator=generator, dtype=torch.int32).sort(0).values
+    newest = torch.randint(-1, 61, (n,), generator=generator, dtype=torch.int32)
+    least, where = kernels.lowest_mass(mass, positions, tables, bounds[0], bounds[1], newest)
+    for i, (first, stop) in enumerate(bounds.T.tolist()):
+        slots = [(int(tables[i, slot // size]), slot % size) for slot in range(first, stop)]
+        mine = [float(mass[slot]) if positions[slot] <= newest[i] else torch.inf for slot in slots]
+        expected = min(mine, default=torch.inf)
+        assert float(least[i]) == expected
+        assert expected == torch.inf or int(where[i]) == first + mine.index(expected)
+
+
+def test_lowest_mass_of_what_is_no_number(kernels: Kernels) -> None:
+    mass, positions = random(2, 8).abs(), torch.arange(16, dtype=torch.int32).view(2, 8)
+    mass[1, 3] = torch.nan
+    bounds = torch.tensor([0, 0]), torch.tensor([16, 16])
+    tables = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
+    least, _ = kernels.lowest_mass(mass, positions, tables, *bounds, torch.tensor([11, 10]))
+    assert bool(least[0].isnan())
+    assert float(least[1]) == float(mass.flatten()[:11].min())  # what may not leave is not looked at
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_lowest_mass_outside_is_refused(name: str) -> None:
+    kernels, column = kernels_for(CPU, name), torch.zeros(3, 4)
+    positions, one = column.int(), torch.tensor([1], dtype=torch.int32)
+    with pytest.raises(UsageError, match="page 3 lies outside columns of 3 pages"):
+        kernels.lowest_mass(column, positions, torch.tensor([[0, 3]]), one, 6 * one, one)
+    with pytest.raises(UsageError, match="slots 1 to 9 lie outside a row of 8"):
+        kernels.lowest_mass(column, positions, torch.tensor([[0, 1]]), one, 9 * one, one)
+    with pytest.raises(UsageError, match="need as many bounds"):
+        kernels.lowest_mass(column, positions, torch.tensor([[0, 1]]), one, one.repeat(2), one)
+    with pytest.raises(UsageError, match="must be float32 and int32 of one shape"):
+        kernels.lowest_mass(column, positions[:2], torch.tensor([[0, 1]]), one, one, one)
 
 
 @pytest.mark.parametrize("name", NATIVE)

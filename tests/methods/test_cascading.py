@@ -59,7 +59,7 @@ class Cache:
         held = self.slots[: end + num_new]
         column = np.array([scores[t] if t >= 0 else np.nan for t in held], np.float32)[None, None]
         asked = self.method.asks(self.layout, num_new)
-        moves = self.method.arrange(self.layout, num_new, column[..., asked])
+        moves = self.method.arrange(self.layout, num_new, asked, column[..., asked])
         self.slots[moves.target] = self.slots[moves.source[0, 0]]
         self.layout = moves.layout
         self.num_tokens += num_new

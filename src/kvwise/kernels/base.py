@@ -201,11 +201,28 @@ class Kernels(Protocol):
         """
         ...
 
+    def lowest_mass(
+        self, mass: Tensor, positions: Tensor, tables: Tensor, first: Tensor, stop: Tensor, newest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `lowest`, of the masses of n heads' slots ``first[i]:stop[i]``; positions after ``newest[i]`` are infinite.
+
+        mass float32 and positions int32 are columns [P, block_size], tables int32 [n, N] pages; newest: int [n]. The
+        index counts slots in table order. Native kernels raise UsageError on pages outside the columns.
+        """
+        ...
+
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """Re-position rotated keys [n, D] by ``delta`` positions int [n]; a new tensor of the same dtype.
 
         The first ``2 * len(inv_freq)`` dims are rotary: halves (GPT-NeoX and Llama style) or interleaved pairs
         (GPT-J style); the rest is untouched. Exact for rotary embeddings (RoFormer, arXiv 2104.09864, section 3.2).
+        """
+        ...
+
+    def angles(self, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the m different ones of positions int [...], cosines and sines float32 [m, R], and which is whose, int64.
+
+        What `turn` takes. Exact: the angles are made in float64.
         """
         ...
 

@@ -10,7 +10,6 @@ from kvwise.core.errors import UsageError
 from kvwise.kernels.base import Attention, Segment, check_attend
 from kvwise.kernels.cpu_folded import CpuFolding
 from kvwise.kernels.cpu_sealed import STORAGE, SealedFields, address, call
-from kvwise.kernels.reference import angles_of
 
 
 def instruction_sets() -> list[str]:
@@ -232,10 +231,55 @@ class CpuKernels(CpuFolding):
         )
         return least, where
 
+    def lowest_mass(
+        self, mass: Tensor, positions: Tensor, tables: Tensor, first: Tensor, stop: Tensor, newest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels.lowest_mass`."""
+        n, width = tables.shape
+        if any(part.shape != (n,) for part in (first, stop, newest)):
+            raise UsageError(
+                f"{n} tables need as many bounds, got {tuple(first.shape)}, {tuple(stop.shape)}, {tuple(newest.shape)}"
+            )
+        if mass.shape != positions.shape or mass.dtype != torch.float32 or positions.dtype != torch.int32:
+            raise UsageError(
+                f"columns {tuple(mass.shape)} {mass.dtype} and {tuple(positions.shape)} {positions.dtype} must be"
+                " float32 and int32 of one shape"
+            )
+        tables, first, stop, newest = (_ints(part).contiguous() for part in (tables, first, stop, newest))
+        least, where = torch.empty(n), torch.empty(n, dtype=torch.int64)
+        call(
+            _native.lowest_mass,
+            self._instruction_set,
+            address(mass),
+            address(positions),
+            *mass.shape,
+            tables.data_ptr(),
+            width,
+            first.data_ptr(),
+            stop.data_ptr(),
+            newest.data_ptr(),
+            n,
+            least.data_ptr(),
+            where.data_ptr(),
+            self._threads,
+        )
+        return least, where
+
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`."""
-        cos, sin, which = angles_of(delta, inv_freq)
+        cos, sin, which = self.angles(delta, inv_freq)
         return self.turn(keys, cos, sin, which[None], interleaved=interleaved)[0].to(keys.dtype)
+
+    def angles(self, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernels.angles`."""
+        positions, inv_freq = _longs(positions), inv_freq.double().contiguous()
+        n, half = positions.numel(), len(inv_freq)
+        cos, sin = torch.empty((2, n, half), dtype=torch.float32)
+        which = torch.empty_like(positions)
+        num_angles = _native.angles(
+            positions.data_ptr(), n, inv_freq.data_ptr(), half, cos.data_ptr(), sin.data_ptr(), which.data_ptr()
+        )
+        return cos[:num_angles], sin[:num_angles], which
 
     def turn(self, rows: Tensor, cos: Tensor, sin: Tensor, which: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.turn`."""
@@ -246,8 +290,7 @@ class CpuKernels(CpuFolding):
                 f"{tuple(which.shape)}"
             )
         out = torch.empty((len(which), num_rows, dim), dtype=torch.float32)
-        rows, which = rows.float().contiguous(), _longs(which)
-        cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        rows, cos, sin, which = _floats(rows), _floats(cos), _floats(sin), _longs(which)
         call(
             _native.turn_rows,
             rows.data_ptr(),
@@ -312,12 +355,18 @@ def _rows(arena: Tensor) -> tuple[int, int, int]:
 
 
 def _ints(tensor: Tensor) -> Tensor:
-    tensor = tensor.to(torch.int32)
+    # Asked first: a conversion that has nothing to do costs five times as much, dozens of times a step.
+    if tensor.dtype is not torch.int32:
+        tensor = tensor.to(torch.int32)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _longs(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.int64).contiguous()
+    return tensor if tensor.dtype is torch.int64 and tensor.is_contiguous() else tensor.to(torch.int64).contiguous()
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
 
 
 def _check_pairs(source: Tensor, target: Tensor) -> None:

@@ -27,7 +27,7 @@ class CpuFolding(CpuSealing):
         call(
             _native.fold,
             self._instruction_set,
-            _fields(states),
+            states.fields,
             *(part.data_ptr() for part in (*places, *tokens)),
             len(rows),
             self._threads,
@@ -51,7 +51,7 @@ class CpuFolding(CpuSealing):
         call(
             _native.merge_folded,
             self._instruction_set,
-            _fields(states),
+            states.fields,
             layer,
             rows.data_ptr(),
             len(rows),
@@ -64,20 +64,3 @@ class CpuFolding(CpuSealing):
             self._threads,
         )
         return merged.to(out.dtype)
-
-
-def _fields(states: FoldedStates) -> list[int]:
-    """The states as `folded_of` in native/module_folded.cpp reads them."""
-    maps = states.maps
-    _, num_query_heads, dim, hidden = maps.query_in.shape
-    num_rows, num_layers, num_heads, rank = states.weights.shape
-    return [
-        dim,
-        hidden,
-        rank,
-        num_rows,
-        num_layers,
-        num_heads,
-        num_query_heads,
-        *states.addresses,
-    ]

@@ -146,10 +146,23 @@ class ReferenceKernels(ReferenceSealing, ReferenceFolding):
         least, where = worth.float().masked_fill(~inside, torch.inf).min(1)
         return least, where
 
+    def lowest_mass(
+        self, mass: Tensor, positions: Tensor, tables: Tensor, first: Tensor, stop: Tensor, newest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Kernels.lowest_mass`."""
+        masses, held = (column[tables.long()].flatten(1) for column in (mass, positions))
+        return self.lowest(masses.masked_fill(held > newest[:, None], torch.inf), first, stop)
+
     def rotate(self, keys: Tensor, delta: Tensor, inv_freq: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.rotate`."""
-        cos, sin, which = angles_of(delta, inv_freq)
+        cos, sin, which = self.angles(delta, inv_freq)
         return self.turn(keys, cos, sin, which[None], interleaved=interleaved)[0].to(keys.dtype)
+
+    def angles(self, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Kernels.angles`."""
+        distinct, which = torch.unique(positions, return_inverse=True)
+        angles = distinct.double()[:, None] * inv_freq.double()
+        return angles.cos().float(), angles.sin().float(), which
 
     def turn(self, rows: Tensor, cos: Tensor, sin: Tensor, which: Tensor, *, interleaved: bool = False) -> Tensor:
         """See `Kernels.turn`."""
@@ -159,13 +172,6 @@ class ReferenceKernels(ReferenceSealing, ReferenceFolding):
         x, y = (rotary[:, 0::2], rotary[:, 1::2]) if interleaved else (rotary[:, :half], rotary[:, half:])
         turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=3 if interleaved else 2).flatten(2)
         return torch.cat((turned, rows[:, 2 * half :].expand(len(which), -1, -1)), dim=2)
-
-
-def angles_of(delta: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines and sines float32 [m, R] of the m different angles of positions int [...], and which is whose."""
-    distinct, which = torch.unique(delta, return_inverse=True)
-    angles = distinct.double()[:, None] * inv_freq.double()
-    return angles.cos().float(), angles.sin().float(), which
 
 
 def _view(segment: Segment, b: int, num_heads: int) -> _View:

@@ -1,6 +1,6 @@
 """Demoted tokens: what has left the device's pages, row by row on the host, indexed for those who look for it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -80,12 +80,12 @@ class Demotion:
         leaving = (~kept.mask).sum(-1)
         self._host.shrink(self._held[row].rows, int(leaving.max()))
 
-    def take(self, heads: Heads, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def take(self, heads: Heads, keys: Tensor, values: Tensor, positions: Callable[[], Tensor]) -> None:
         """Store rows, layer by layer of each request, all in one transfer, then index them."""
         groups = [(*found, slots) for found in self._groups(heads) if (slots := self._slots(heads, *found)) is not None]
         if not groups or not self._store(groups, keys, values):
             return
-        places = positions.cpu().numpy().astype(np.int32)
+        places = positions().cpu().numpy().astype(np.int32)
         for held, layer, part, slots in groups:
             own = torch.arange(part.start, part.stop, device=keys.device).view(slots.shape)
             try:

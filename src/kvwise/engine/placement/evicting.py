@@ -1,6 +1,7 @@
 """Evicting: who leaves while a settled request decodes, one token for one, in sweeps, or by whole packed pages."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ from torch import Tensor
 from kvwise.cache.manager import CacheManager
 from kvwise.engine.placement.base import Failure
 from kvwise.engine.placement.heirs import Folding, Heir
-from kvwise.engine.placement.page_state import UNLIMITED, Heads, Ints, PageState
+from kvwise.engine.placement.page_state import UNLIMITED, Counts, Heads, Ints, PageState
 from kvwise.engine.placement.sealing import Sealer
 from kvwise.engine.placement.settling import PromptKV
 from kvwise.engine.sequence import Sequence as Seq
@@ -19,6 +20,7 @@ from kvwise.methods.retention.base import DecodeView, Kept, Residual, Retention
 from kvwise.tiers.arena import Arena
 
 Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
 
 
 class Evictor:
@@ -52,10 +54,13 @@ class Evictor:
         for heir in self._heirs:
             heir.start(row, kept)
         for layer in range(kept.mask.shape[0]):
-            head, token = (~kept.mask[layer]).nonzero(as_tuple=True)
-            places = head.cpu().numpy()
-            heads = Heads(np.full_like(places, row), np.full_like(places, layer), places)
-            self._tell(heads, prompt.keys(layer)[head, token], prompt.values(layer)[head, token], token)
+            self._leave_layer(row, layer, ~kept.mask[layer], prompt)
+
+    def _leave_layer(self, row: int, layer: int, gone: Tensor, prompt: PromptKV) -> None:
+        head, token = gone.nonzero(as_tuple=True)
+        places = head.cpu().numpy()
+        heads = Heads(np.full_like(places, row), np.full_like(places, layer), places)
+        self._tell(heads, prompt.keys(layer)[head, token], prompt.values(layer)[head, token], lambda: token)
 
     def after_step(self, sequences: Sequence[Seq]) -> list[Failure]:
         """The step's tokens are stored and have attended: heads that hold more than they may let somebody go."""
@@ -90,43 +95,51 @@ class Evictor:
         if not over.any():
             return
         lowest, victims = self._least_worth(sequences)
-        stays = over & ~(lowest < torch.inf).cpu().numpy()  # also where a worth is no number
+        stays = over & ~(lowest < np.inf)  # also where a worth is no number
         if stays.any() and self._sealer is None:
             raise ValueError(f"{self._retention.name} lets no token go in a head that is over its limit")
         state.most[rows] = np.where(stays, UNLIMITED, state.most[rows])
         over &= ~stays
-        on_device = state.on_device(over)
-        index = state.on_device(rows)
-        state.write[index] = torch.where(on_device, victims.to(torch.int32), state.write[index])
+        state.write[rows] = np.where(over, victims, state.write[rows])
         self._leave(rows, over, victims)
         for sequence, count in zip(sequences, over.sum((1, 2)).tolist(), strict=True):
             self._attest(sequence, count)
 
-    def _least_worth(self, sequences: Sequence[Seq]) -> tuple[Tensor, Tensor]:
+    def _least_worth(self, sequences: Sequence[Seq]) -> tuple[Floats, Ints]:
         """The least that an open token of each head [B, L, H] is worth, and the open slot of the first such."""
         rows, state = _rows(sequences), self._state
-        worth = self._worth(self._view(sequences))[..., self._num_packed_slots(rows) :]
         bounds = ((part[rows] - state.open_base[rows]).ravel() for part in (state.key_length, state.used))
-        found = self._kernels.lowest(worth.flatten(0, 2), *(state.on_device(part) for part in bounds))
-        lowest, victims = (part.view(worth.shape[:3]) for part in found)
+        first, stop = (state.on_device(part) for part in bounds)
+        if self._retention.ranks_by_mass and self._sealer is None:
+            columns, tables = self._arena.columns, state.tables[state.on_device(rows)].flatten(0, 2)
+            newest = state.on_device(self._newest_that_may_leave(sequences).ravel())
+            found = self._kernels.lowest_mass(columns["mass"], columns["positions"], tables, first, stop, newest)
+        else:
+            worth = self._worth(self._view(sequences))[..., self._num_packed_slots(rows) :]
+            found = self._kernels.lowest(worth.flatten(0, 2), first, stop)
+        lowest, victims = (part.cpu().numpy().reshape(-1, *state.used.shape[1:]) for part in found)
         return lowest, victims
 
-    def _leave(self, rows: Ints, over: Bools, victims: Tensor) -> None:
+    def _newest_that_may_leave(self, sequences: Sequence[Seq]) -> Counts:
+        """The last position [B, L, H] in front of those that the marks protect."""
+        marks = self._state.marks[_rows(sequences)]
+        num_tokens = np.array([s.num_computed for s in sequences])
+        return (num_tokens[:, None, None] - marks).astype(np.int32) - 1
+
+    def _leave(self, rows: Ints, over: Bools, victims: Ints) -> None:
         if not self._heirs:
             return
         b, layer, head = np.nonzero(over)
         heads = Heads(rows[b], layer, head)
-        index: Ints = victims.cpu().numpy()[over]
-        tokens: Ints = index + self._state.open_base[heads.place]
+        tokens: Ints = victims[over] + self._state.open_base[heads.place]
         self._leave_slots(heads, self._state.open_slots(heads, tokens))
 
     def _leave_slots(self, heads: Heads, slots: Tensor) -> None:
-        arena = self._arena
-        self._tell(
-            heads, *(self._kernels.gather(a, slots) for a in (arena.keys, arena.values, arena.columns["positions"]))
-        )
+        arena, gather = self._arena, self._kernels.gather
+        positions = partial(gather, arena.columns["positions"], slots)
+        self._tell(heads, gather(arena.keys, slots), gather(arena.values, slots), positions)
 
-    def _tell(self, heads: Heads, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def _tell(self, heads: Heads, keys: Tensor, values: Tensor, positions: Callable[[], Tensor]) -> None:
         for heir in self._heirs:
             heir.take(heads, keys, values, positions)
 
@@ -219,9 +232,8 @@ class Evictor:
         size = self._sealer.page_tokens
         pages = self._state.packed_slots(heads, nth * size, size) // size
         keys, values = self._kernels.unseal(self._sealer.packed, pages)
-        positions = self._sealer.columns["positions"][pages].flatten()
-        tokens = np.repeat(np.arange(len(heads)), size)
-        self._tell(heads[tokens], keys.flatten(0, 1), values.flatten(0, 1), positions)
+        column, tokens = self._sealer.columns["positions"], np.repeat(np.arange(len(heads)), size)
+        self._tell(heads[tokens], keys.flatten(0, 1), values.flatten(0, 1), lambda: column[pages].flatten())
 
     # -- sweeps -------------------------------------------------------------------------------------------------
 
@@ -327,7 +339,7 @@ class Evictor:
             used,
             torch.tensor([s.num_computed for s in sequences], device=state.device),
             state.on_device(state.limit[rows]).long(),
-            state.marks[index],
+            state.on_device(state.marks[rows]),
         )
 
     def kept_positions(self, sequence: Seq) -> list[list[list[int]]]:
@@ -342,7 +354,7 @@ class Evictor:
         first = self._num_packed_slots(np.array([row]))
         holes = np.argwhere(self._state.used[row] > self._state.most[row])
         for layer, head in holes.tolist():
-            used[layer, head, first + int(self._state.write[row, layer, head])] = False
+            used[layer, head, first + self._state.write[row, layer, head]] = False
         positions = view.positions[0]
         return [
             [sorted(positions[layer, head][used[layer, head]].tolist()) for head in range(shape[1])]

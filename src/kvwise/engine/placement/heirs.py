@@ -1,5 +1,6 @@
 """Heirs: who takes over the tokens that leave the pages of settled requests."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,8 +17,11 @@ class Heir(Protocol):
         """A request settles in this row. What is not kept leaves next."""
         ...
 
-    def take(self, heads: Heads, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Tokens leave, in the order of their rows, layers and heads: keys (rotated), values [n, D], positions [n]."""
+    def take(self, heads: Heads, keys: Tensor, values: Tensor, positions: Callable[[], Tensor]) -> None:
+        """Tokens leave, in the order of their rows, layers and heads: keys (rotated) and values [n, D].
+
+        Their positions int [n] are looked up for who asks.
+        """
         ...
 
 
@@ -32,7 +36,7 @@ class Folding:
         """Nothing is folded yet."""
         self._residual.start(row)
 
-    def take(self, heads: Heads, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def take(self, heads: Heads, keys: Tensor, values: Tensor, positions: Callable[[], Tensor]) -> None:
         """Fold."""
         rows, layers, places = (torch.from_numpy(part).to(self._device) for part in heads.place)
         self._residual.fold(rows, layers, places, keys, values)

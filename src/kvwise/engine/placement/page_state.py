@@ -39,9 +39,9 @@ class PageState:
 
     On the host, int32 [R, L, H]: `used` tokens (a victim that the next token will overwrite is still one), `limit`, the
     `most` that are held before each new one takes a victim's place (the limit, unless tokens leave by whole pages),
-    `key_length` and `value_length` tokens whose keys and values are packed, `open_base` the token in open slot 0.
-    On the device: page tables int32 [R, L, H, N] of open and [R, L, H, M] of packed pages, `write` int32 [R, L, H] the
-    open slot of the next token, and `marks` float32 [R, L, H].
+    `key_length` and `value_length` tokens whose keys and values are packed, `open_base` the token in open slot 0,
+    `write` the open slot of the next token; and `marks` float32 [R, L, H].
+    On the device: page tables int32 [R, L, H, N] of open and [R, L, H, M] of packed pages.
     """
 
     def __init__(self, layout: KVLayout, max_rows: int, device: torch.device) -> None:
@@ -54,10 +54,10 @@ class PageState:
         self.key_length: Counts = np.zeros(shape, np.int32)
         self.value_length: Counts = np.zeros(shape, np.int32)
         self.open_base: Counts = np.zeros(shape, np.int32)
+        self.write: Counts = np.zeros(shape, np.int32)
+        self.marks: npt.NDArray[np.float32] = np.zeros(shape, np.float32)
         self.tables = torch.zeros((*shape, 1), dtype=torch.int32, device=device)
         self.packed = torch.zeros((*shape, 1), dtype=torch.int32, device=device)
-        self.write = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.marks = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def start(self, row: int, used: Counts, limit: Counts) -> None:
         """A request has settled: `used` tokens [L, H] in open pages, nothing packed."""
@@ -77,7 +77,7 @@ class PageState:
 
     def note_ends(self, rows: Ints) -> None:
         """The next token of every head of these rows goes behind its last one."""
-        self.write[self.on_device(rows)] = self.on_device(self.used[rows] - self.open_base[rows])
+        self.write[rows] = self.used[rows] - self.open_base[rows]
 
     @property
     def num_open(self) -> Counts:
@@ -104,10 +104,10 @@ class PageState:
         return self._slots(self.packed, heads, tokens, page_tokens)
 
     def _slots(self, tables: Tensor, heads: Heads, index: Ints, size: int) -> Tensor:
-        expand = (slice(None), *(None,) * (index.ndim - 1))
-        row, layer, head = (self.on_device(part)[expand] for part in heads.place)
-        where = self.on_device(index.astype(np.int64))
-        return tables[row, layer, head, where // size].long() * size + where % size
+        first = np.ravel_multi_index(heads.place, self.used.shape) * tables.shape[-1]
+        entry, offset = np.divmod(index.astype(np.int64), size)
+        entry += first.reshape(-1, *(1,) * (index.ndim - 1))
+        return tables.view(-1)[self.on_device(entry)].long() * size + self.on_device(offset)
 
 
 def _noted(held: Tensor, row: int, tables: Counts) -> Tensor:

@@ -132,7 +132,7 @@ class PagePlacement:
             self._state.most[row] = UNLIMITED  # until the evictor says otherwise
         self._state.note_tables(row, pages)
         if kept.marks is not None:
-            self._state.marks[row] = kept.marks.float()
+            self._state.marks[row] = kept.marks.float().cpu().numpy()
         self._attester.kept(sequence, kept, counts)
         return True
 
@@ -203,7 +203,7 @@ class PagePlacement:
         if tables is None:
             return False
         state.open_base[row] += dropped * self._size
-        state.write[row] -= state.on_device((dropped * self._size).astype(np.int32))
+        state.write[row] -= dropped * self._size
         state.note_tables(row, tables)
         return True
 
@@ -236,7 +236,7 @@ class PagePlacement:
         state.used[held] += at_end
         longest = max(1, int(-(-state.num_open[held].max() // self._size)))
         tables = state.tables[index, ..., :longest].transpose(0, 1).contiguous()
-        write = state.write[index].transpose(0, 1).long()
+        write = state.on_device(state.write[held].swapaxes(0, 1).astype(np.int64))
         slots = tables.gather(-1, (write // self._size)[..., None])[..., 0].long() * self._size + write % self._size
         self._start_columns(slots, positions)
         lengths = state.on_device(np.ascontiguousarray(state.used[held].swapaxes(0, 1)))

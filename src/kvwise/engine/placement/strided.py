@@ -221,21 +221,20 @@ class StridedPlacement(ReadsInStrides):
         mass = self._kernels.gather(self._arena.columns["mass"], where.flatten()).view(where.shape).cpu().numpy()
         stops = np.cumsum([len(slots) for slots in asked])
         return [
-            self._retention.arrange(one.layout, one.num_new, mass[stop - len(slots) : stop].transpose(1, 2, 0))
+            self._retention.arrange(one.layout, one.num_new, slots, mass[stop - len(slots) : stop].transpose(1, 2, 0))
             for one, slots, stop in zip(due, asked, stops, strict=True)
         ]
 
     def _in_arena(self, due: Sequence[_Due], slots: Sequence[Ints]) -> Tensor:
-        """Slots [n, L, H] of each sequence (or [n, 1, 1]) as those of the arena, int64 [N, L, H], all side by side."""
+        """Slots [..., n, L, H] of each sequence (or [..., n, 1, 1]) as those of the arena, int64 [..., N, L, H]."""
         _, num_layers, num_heads, width = self._slots.shape
-        rows = np.repeat([one.row for one in due], [len(of) for of in slots])
+        rows = np.repeat([one.row for one in due], [of.shape[-3] for of in slots])
         heads = np.arange(num_layers * num_heads).reshape(num_layers, num_heads) * width
-        index = np.concatenate(slots) + heads + (rows * num_layers * num_heads * width)[:, None, None]
+        index = np.concatenate(slots, -3) + heads + (rows * num_layers * num_heads * width)[:, None, None]
         return self._slots.view(-1)[self._on_device(index)]
 
     def _move(self, due: Sequence[_Due], moves: Sequence[Moves]) -> None:
-        source = self._in_arena(due, [move.source.transpose(2, 0, 1) for move in moves]).flatten()
-        target = self._in_arena(due, [move.target[:, None, None] for move in moves]).flatten()
+        source, target = self._in_arena(due, [_pairs(move) for move in moves]).flatten(1)
         keys = self._kernels.gather(self._arena.keys, source)
         if self._retention.turns:
             self._rotate(keys, np.concatenate([_turns(one, move) for one, move in zip(due, moves, strict=True)]))
@@ -299,6 +298,13 @@ class StridedPlacement(ReadsInStrides):
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+def _pairs(move: Moves) -> Ints:
+    """Sources and targets, int64 [2, n, L, H]."""
+    pairs = np.empty((2, len(move.target), *move.source.shape[:2]), np.int64)
+    pairs[0], pairs[1] = move.source.transpose(2, 0, 1), move.target[:, None, None]
+    return pairs
 
 
 def _turns(one: _Due, move: Moves) -> Ints:

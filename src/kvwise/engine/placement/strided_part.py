@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kvwise.kernels.base import Kernels, Segment
-from kvwise.kernels.reference import angles_of
 from kvwise.models.rotation import Rotation
 from kvwise.tiers.arena import Arena
 
@@ -91,7 +90,7 @@ class StridedPart:
             return None
         known = rotation.inv_freq.data_ptr()
         if known not in self._angles:
-            cos, sin, which = angles_of(turns, rotation.inv_freq)
+            cos, sin, which = self._kernels.angles(turns, rotation.inv_freq)
             self._angles[known] = cos, sin, torch.repeat_interleave(which, queries.shape[1], 1)
         rows = queries.flatten(0, 1)
         turned = self._kernels.turn(rows, *self._angles[known], interleaved=rotation.interleaved)

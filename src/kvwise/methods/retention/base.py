@@ -154,6 +154,14 @@ class Retention(Method):
         """Whether anything is ever dropped; at a budget of 1 nothing is."""
         return True
 
+    @property
+    def ranks_by_mass(self) -> bool:
+        """Whether `worth` is the mass, but infinite for the latest tokens, as many as the marks say.
+
+        Kernels then find who leaves where the masses lie, and `worth` is asked only where tokens are packed.
+        """
+        return False
+
     def observed_rows(self, num_prompt_tokens: int, spans: Spans = ()) -> int:
         """How many of the prompt's last rows `PromptView.rows` must tell of."""
         return 0

@@ -110,15 +110,14 @@ class Cascading(Strided):
         num_pushes, meets = self._way(layout.num_tokens, queues)
         return np.array([queues[num_pushes - 1].oldest, self._rival(queues[num_pushes])] if meets else [], np.int64)
 
-    def arrange(self, layout: Layout, num_new: int, mass: Floats) -> Moves:
+    def arrange(self, layout: Layout, num_new: int, asked: Ints, mass: Floats) -> Moves:
         """The tokens of the stride enter one by one."""
         assert isinstance(layout, Cascades)
         places, queues = layout.places, queues_of(layout)
         num_layers, num_heads, _ = mass.shape
         received = mass.sum(1) if self.homogeneous else mass.reshape(num_layers * num_heads, -1)
         score = np.empty((len(received), layout.end + num_new), np.float32)
-        if mass.shape[2]:
-            score[:, self.asks(layout, num_new)] = received
+        score[:, asked] = received
         entry = Entry(score, {}, layout.rotation_in(places.num_slots))
         for number in range(num_new):
             self._enter(layout.num_tokens + number, layout.end + number, queues, entry)

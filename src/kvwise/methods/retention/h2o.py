@@ -57,6 +57,11 @@ class H2O(Retention):
         """Unless the budget is 1."""
         return self.budget < 1
 
+    @property
+    def ranks_by_mass(self) -> bool:
+        """Unless the mass is divided."""
+        return not self.normalised
+
     def capacity(self, num_prompt_tokens: int) -> int | None:
         """The share of the prompt, at least two tokens."""
         return max(2, int(num_prompt_tokens * self.budget))

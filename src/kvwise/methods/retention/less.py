@@ -58,6 +58,11 @@ class Less(Retention):
         """What decides who stays."""
         return H2O(self.budget, self.recent)
 
+    @property
+    def ranks_by_mass(self) -> bool:
+        """As H2O says."""
+        return self.policy.ranks_by_mass
+
     def capacity(self, num_prompt_tokens: int) -> int | None:
         """As H2O says."""
         return self.policy.capacity(num_prompt_tokens)

@@ -95,8 +95,8 @@ class Strided(Retention):
         """The slots [n] whose mass `arrange` wants to see; the stride's tokens are from `end` on."""
 
     @abstractmethod
-    def arrange(self, layout: Layout, num_new: int, mass: Floats) -> Moves:
-        """Take in the `num_new` tokens of a stride; `mass` float32 [L, H, n] of the slots asked for."""
+    def arrange(self, layout: Layout, num_new: int, asked: Ints, mass: Floats) -> Moves:
+        """Take in the `num_new` tokens of a stride; `mass` float32 [L, H, n] of the slots `asked` for."""
 
     def keep(self, view: PromptView) -> Kept:
         """Never asked."""
