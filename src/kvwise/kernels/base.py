@@ -204,7 +204,7 @@ class Kernels(Protocol):
     def lowest_mass(
         self, mass: Tensor, positions: Tensor, tables: Tensor, first: Tensor, stop: Tensor, newest: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As `lowest`, of the masses of n heads' slots ``first[i]:stop[i]``; positions after ``newest[i]`` are infinite.
+        """As `lowest`, of the masses of n heads' slots ``first[i]:stop[i]``; after position ``newest[i]`` infinite.
 
         mass float32 and positions int32 are columns [P, block_size], tables int32 [n, N] pages; newest: int [n]. The
         index counts slots in table order. Native kernels raise UsageError on pages outside the columns.
