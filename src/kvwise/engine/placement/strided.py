@@ -226,7 +226,7 @@ class StridedPlacement(ReadsInStrides):
         ]
 
     def _in_arena(self, due: Sequence[_Due], slots: Sequence[Ints]) -> Tensor:
-        """Slots [..., n, L, H] of each sequence (or [..., n, 1, 1]) as those of the arena, int64 [..., N, L, H]."""
+        """Slots [..., n, L, H] of each sequence (L and H may be 1: the same in all) as those of the arena, int64 [..., N, L, H]."""
         _, num_layers, num_heads, width = self._slots.shape
         rows = np.repeat([one.row for one in due], [of.shape[-3] for of in slots])
         heads = np.arange(num_layers * num_heads).reshape(num_layers, num_heads) * width
@@ -237,7 +237,8 @@ class StridedPlacement(ReadsInStrides):
         source, target = self._in_arena(due, [_pairs(move) for move in moves]).flatten(1)
         keys = self._kernels.gather(self._arena.keys, source)
         if self._retention.turns:
-            self._rotate(keys, np.concatenate([_turns(one, move) for one, move in zip(due, moves, strict=True)]))
+            turns = np.concatenate([_turns(one, move) for one, move in zip(due, moves, strict=True)])
+            self._rotate(keys, np.broadcast_to(turns, (len(turns), *self._shape)))
         self._kernels.scatter(keys, self._arena.keys, target)
         for column in (self._arena.values, *self._arena.columns.values()):
             self._kernels.scatter(self._kernels.gather(column, source), column, target)
@@ -247,7 +248,7 @@ class StridedPlacement(ReadsInStrides):
 
     def _rotate(self, keys: Tensor, turns: Ints) -> None:
         """Rotate keys [N * L * H, D] in place by so many positions [N, L, H]."""
-        delta, rows = self._on_device(turns), keys.view(*turns.shape, keys.shape[-1])
+        delta, rows = self._on_device(np.ascontiguousarray(turns)), keys.view(*turns.shape, keys.shape[-1])
         whose = [rotation.inv_freq.data_ptr() for rotation in self._rotations]
         for rotation in {rotation.inv_freq.data_ptr(): rotation for rotation in self._rotations}.values():
             if not len(rotation.inv_freq):
@@ -301,14 +302,14 @@ class StridedPlacement(ReadsInStrides):
 
 
 def _pairs(move: Moves) -> Ints:
-    """Sources and targets, int64 [2, n, L, H]."""
+    """Sources and targets, int64 [2, n, L, H or 1]."""
     pairs = np.empty((2, len(move.target), *move.source.shape[:2]), np.int64)
     pairs[0], pairs[1] = move.source.transpose(2, 0, 1), move.target[:, None, None]
     return pairs
 
 
 def _turns(one: _Due, move: Moves) -> Ints:
-    """By how many positions the moved keys are to be rotated, int64 [n, L, H]."""
+    """By how many positions the moved keys are to be rotated, int64 [n, L, H or 1]."""
     new = np.arange(one.layout.num_tokens, one.layout.num_tokens + one.num_new)
     before = np.concatenate([one.layout.rotation, new])
     turns: Ints = move.layout.rotation[move.target][:, None, None] - before[move.source.transpose(2, 0, 1)]

@@ -118,6 +118,8 @@ class Entry:
         return np.array([*self.held], np.int64), source
 
     def _scores(self, slots: int | Ints) -> Floats:
+        if isinstance(slots, int):
+            return self.score[:, slots]
         found: Floats = self.score[np.arange(len(self.score)), slots]
         return found
 

@@ -114,8 +114,8 @@ class Cascading(Strided):
         """The tokens of the stride enter one by one."""
         assert isinstance(layout, Cascades)
         places, queues = layout.places, queues_of(layout)
-        num_layers, num_heads, _ = mass.shape
-        received = mass.sum(1) if self.homogeneous else mass.reshape(num_layers * num_heads, -1)
+        num_layers = len(mass)
+        received = mass.sum(1) if self.homogeneous else mass.reshape(num_layers * mass.shape[1], -1)
         score = np.empty((len(received), layout.end + num_new), np.float32)
         score[:, asked] = received
         entry = Entry(score, {}, layout.rotation_in(places.num_slots))
@@ -123,8 +123,7 @@ class Cascading(Strided):
             self._enter(layout.num_tokens + number, layout.end + number, queues, entry)
         after = lay_out(places, queues, layout.num_tokens + num_new, entry.rotation, turning=self.turns)
         target, source = entry.moves()
-        source = source.reshape(num_layers, -1, len(target))
-        return Moves(after, target, np.broadcast_to(source, (num_layers, num_heads, len(target))))
+        return Moves(after, target, source.reshape(num_layers, -1, len(target)))
 
     def _enter(self, position: int, slot: int, queues: list[Queue], entry: Entry) -> None:
         """Token `position`, in `slot`, finds its place."""
