@@ -123,7 +123,7 @@ class Http:
 def http_side(url: str) -> Iterator[Http]:
     """A client on an event loop of its own."""
     with asyncio.Runner() as runner:
-        opened = open_wire(Target(url, ignore_eos=True))
+        opened = open_wire(Target(url, ignore_eos=True, extra_body={"temperature": 0}))  # as the engine's default
         wire = runner.run(opened.__aenter__())
         try:
             runner.run(wire.find_model())

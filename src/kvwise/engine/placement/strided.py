@@ -226,7 +226,7 @@ class StridedPlacement(ReadsInStrides):
         ]
 
     def _in_arena(self, due: Sequence[_Due], slots: Sequence[Ints]) -> Tensor:
-        """Slots [..., n, L, H] of each sequence (L and H may be 1: the same in all) as those of the arena, int64 [..., N, L, H]."""
+        """Slots [..., n, L, H] of each sequence (L, H may be 1: all the same), int64 [..., N, L, H] in the arena."""
         _, num_layers, num_heads, width = self._slots.shape
         rows = np.repeat([one.row for one in due], [of.shape[-3] for of in slots])
         heads = np.arange(num_layers * num_heads).reshape(num_layers, num_heads) * width
