@@ -57,6 +57,7 @@ def prepared(loaded: LoadedModel, strategy: str, context: int, args: argparse.Na
         max_model_len=longest,
         max_num_seqs=args.batch,
         max_num_batched_tokens=max(512, args.batch),
+        kernels=args.kernels,
     )
     engine = Engine(loaded, parse(strategy), config)
     generator = torch.Generator().manual_seed(args.seed)
@@ -121,6 +122,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kernels", help="of both sides, such as cpu-avx2 (default: the fastest)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write (default: bench/results/methods-<date>.json)")
     args = parser.parse_args()

@@ -17,6 +17,7 @@ class RequestRecord:
     strategy: str
     streams: bool
     arrival: float
+    answer_id: str = ""  # the id in its answer, with which the engine's ids begin; "": it was never queued
     user: str = ""  # as the client says
     session: str = ""
     traceparent: str = ""  # as the client sent it (W3C Trace Context)

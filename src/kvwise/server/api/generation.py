@@ -104,7 +104,7 @@ class Generation:
             if isinstance(error, CapacityError):
                 raise refused_for_length(error, order.param) from None
             raise
-        record.num_prompt, record.strategy = num_prompt, streams[0].strategy
+        record.answer_id, record.num_prompt, record.strategy = order.id, num_prompt, streams[0].strategy
         for observer in server.observers:
             observer.accepted(record)
         return cls(server, request, order, record, streams, lease)

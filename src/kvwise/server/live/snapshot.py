@@ -140,7 +140,7 @@ def ended(one: Ended, places: int) -> dict[str, Any]:
     first = record.first_token if record.streams or metrics is None else metrics.first_token
     return {
         "number": one.number,
-        "id": record.request_id,
+        "id": record.answer_id or record.request_id,
         "tenant": record.tenant,
         "end": record.error or (record.finish_reasons[0] if record.finish_reasons else str(record.status)),
         "ok": record.error is None and record.status < 400,
