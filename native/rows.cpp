@@ -69,8 +69,10 @@ void gather_rows(const Arena& arena, const int64_t* slots, int64_t n, char* out,
 
 void scatter_rows(const char* rows, const Arena& arena, const int64_t* slots, int64_t n, int num_threads) {
     for_runs(n, arena.row_bytes, num_threads, [&](int64_t from, int64_t to) {
-        for (int64_t i = from; i < to; ++i)
+        for (int64_t i = from; i < to; ++i) {
+            if (i + kRowsAhead < to) prefetch_row(arena, slots[i + kRowsAhead]);
             std::memcpy(row_at(arena, slots[i]), rows + i * arena.row_bytes, arena.row_bytes);
+        }
     });
 }
 
@@ -153,6 +155,9 @@ void turn_rows(const PlainRows& rows, const Angles& angles, const int64_t* which
             if (which[i] < 0 || which[i] >= angles.num_angles) {
                 throw std::invalid_argument("row " + std::to_string(i) + " turns by angle " + std::to_string(which[i]) +
                                             ", there are " + std::to_string(angles.num_angles));
+            }
+            if (i + kRowsAhead < to) {  // written to: a store that misses would wait
+                for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(out + (i + kRowsAhead) * dim + d, 1);
             }
             const float* row = rows.data + source * dim;
             const float *cos = angles.cos + which[i] * half, *sin = angles.sin + which[i] * half;

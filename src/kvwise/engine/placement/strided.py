@@ -231,7 +231,7 @@ class StridedPlacement(ReadsInStrides):
         rows = np.repeat([one.row for one in due], [of.shape[-3] for of in slots])
         heads = np.arange(num_layers * num_heads).reshape(num_layers, num_heads) * width
         index = np.concatenate(slots, -3) + heads + (rows * num_layers * num_heads * width)[:, None, None]
-        return self._slots.view(-1)[self._on_device(index)]
+        return self._slots.view(-1).index_select(0, self._on_device(index.ravel())).view(index.shape)
 
     def _move(self, due: Sequence[_Due], moves: Sequence[Moves]) -> None:
         source, target = self._in_arena(due, [_pairs(move) for move in moves]).flatten(1)
