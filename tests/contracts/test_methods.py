@@ -14,7 +14,8 @@ from kvwise.core.strategy import Strategy, conflict, make_strategy
 from kvwise.methods.catalogue import MethodCatalogue, catalogue, parse
 from kvwise.methods.encoding.base import Encoding
 from kvwise.methods.loading.base import Loading
-from kvwise.methods.retention.base import Retention
+from kvwise.methods.retention.base import DecodeView, Retention
+from kvwise.methods.retention.h2o import H2O
 from kvwise.methods.selection.base import Selection
 from tests.methods.retention_views import decode_view
 
@@ -73,6 +74,21 @@ def test_what_ranks_by_mass_says_so_in_its_worth(method: Retention) -> None:
 
 def test_some_methods_rank_by_mass() -> None:
     assert {method.name for method in BY_MASS} >= {"h2o", "less"}
+
+
+def test_a_worth_of_ones_own_is_asked() -> None:
+    """Whoever derives from a method that ranks by mass need not know that it does."""
+
+    class Oldest(H2O):
+        def worth(self, view: DecodeView) -> torch.Tensor:
+            return view.positions.float()
+
+    class Narrow(H2O):
+        def num_recent(self, capacity: int) -> int:
+            return 1
+
+    assert not Oldest().ranks_by_mass
+    assert Narrow().ranks_by_mass
 
 
 @pytest.mark.parametrize("kind", METHODS, ids=lambda k: k.name)

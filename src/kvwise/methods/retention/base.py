@@ -158,9 +158,15 @@ class Retention(Method):
     def ranks_by_mass(self) -> bool:
         """Whether `worth` is the mass, but infinite for the latest tokens, as many as the marks say.
 
-        Kernels then find who leaves where the masses lie, and `worth` is asked only where tokens are packed.
+        Kernels then find who leaves where the masses lie, and `worth` is asked only where tokens are packed. A class
+        with a `worth` of its own says so again, or it is not so.
         """
         return False
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "worth" in vars(cls) and "ranks_by_mass" not in vars(cls):
+            cls.ranks_by_mass = Retention.ranks_by_mass  # type: ignore[method-assign]
 
     def observed_rows(self, num_prompt_tokens: int, spans: Spans = ()) -> int:
         """How many of the prompt's last rows `PromptView.rows` must tell of."""

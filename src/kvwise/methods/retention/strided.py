@@ -48,8 +48,7 @@ class Moves:
     """What a method makes of a stride: the token in slot `source[l, h, i]` goes to slot `target[i]`, all at once.
 
     Slots that are not named keep theirs; `source` int64 [L, H, n] (or [L, 1, n], if heads agree) counts the stride's
-    tokens from the old `end` on.
-    `layout` is how they lie then, and whoever lies in no run has left.
+    tokens from the old `end` on. `layout` is how they lie then, and whoever lies in no run has left.
     """
 
     layout: Layout
