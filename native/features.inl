@@ -111,8 +111,8 @@ inline void add_token(const MapShape& shape, const float* psi, const float* valu
     }
 }
 
-// A state lies anywhere: ask for it before the maps are read.
-__attribute__((always_inline)) inline void ask_for_states(const MapShape& shape, const States& states, int64_t request) {
+// A state lies anywhere: ask for it before the maps are read. Always inlined: see `prefetch_row` in rows.cpp.
+__attribute__((always_inline)) inline void ask_for(const MapShape& shape, const States& states, int64_t request) {
     const float* values = states.values + request * states.value_stride;
     for (int64_t i = 0; i < int64_t(shape.rank) * shape.dim; i += 16) __builtin_prefetch(values + i);
 }
@@ -127,7 +127,7 @@ void fold(const FoldTask& task) {
         const float* keys[kRows];
         for (int r = 0; r < kRows; ++r) {
             keys[r] = task.keys + task.tokens[first + r] * shape.dim;
-            ask_for_states(shape, task.states, task.requests[task.tokens[first + r]]);
+            ask_for(shape, task.states, task.requests[task.tokens[first + r]]);
         }
         features_of<kRows>(shape, task.in, task.out, keys, task.scratch, features);
         for (int r = 0; r < kRows; ++r) {
@@ -175,7 +175,7 @@ void merge_folded(const MergeTask& task) {
         const float* queries[kRows];
         for (int r = 0; r < kRows; ++r) {
             queries[r] = task.queries + (first + r) * task.query_stride;
-            ask_for_states(shape, task.states, task.requests[first + r]);
+            ask_for(shape, task.states, task.requests[first + r]);
         }
         features_of<kRows>(shape, task.in, task.out, queries, task.scratch, features);
         for (int r = 0; r < kRows; ++r) merge_row(task, first + r, features + r * whole_vectors(shape.rank));

@@ -31,8 +31,8 @@ namespace kvwise {
 extern const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET);
 const InstructionSet KVWISE_JOIN(kInstructionSet_, KVWISE_SET) = {
     KVWISE_TEXT(KVWISE_SET), ::decode,       ::decode_mass, ::prefill,     ::prefill_mass, ::seal,        ::seal_row,
-    ::fold,                  ::merge_folded, ::lowest,      ::lowest_mass, ::narrow,       ::read_floats, ::copy_stripes,
-    ::last_stripe,
+    ::fold,                  ::merge_folded, ::lowest,      ::lowest_mass, ::narrow,       ::read_floats,
+    ::copy_stripes,          ::last_stripe,
 };
 
 }  // namespace kvwise

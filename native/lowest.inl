@@ -46,7 +46,8 @@ void lowest_mass(const MassTask& task, float* least, int64_t* where) {
             __builtin_prefetch(task.mass + task.table[ahead / size] * size);
             __builtin_prefetch(task.positions + task.table[ahead / size] * size);
         }
-        const int64_t in_page = slot % size, count = size - in_page < task.stop - slot ? size - in_page : task.stop - slot;
+        const int64_t in_page = slot % size, left = task.stop - slot;
+        const int64_t count = size - in_page < left ? size - in_page : left;
         const int64_t start = task.table[slot / size] * size + in_page;
         const float* __restrict mass = task.mass + start;
         const int32_t* __restrict positions = task.positions + start;
