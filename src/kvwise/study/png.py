@@ -16,6 +16,7 @@ STYLES = ("-", "--", ":", "-.", (0, (6, 2)))
 GUIDE = (0, (4, 3))
 MARKERS = ("o", "s", "D", "^", "X")
 INK, SOFT, FAINT = "#1d2330", "#5b6475", "#d9dde6"
+_NEAR_TOP = 0.94  # of the height of the axes
 
 
 def write_png(chart: Chart, path: Path) -> None:
@@ -78,7 +79,9 @@ def _lines(axes: Axes, chart: Chart) -> None:
     for rule in chart.rules:
         axes.axhline(rule.y, color=INK, linestyle=":", linewidth=1)
         place, side = (0.99, "right") if rule.at_end else (0.01, "left")
-        axes.text(place, rule.y, rule.text, transform=margin, fontsize=7, va="bottom", ha=side, color=INK)
+        height = axes.transAxes.inverted().transform(axes.transData.transform((1, rule.y)))[1]
+        where = "top" if height > _NEAR_TOP else "bottom"  # above there, it would stand on the frame
+        axes.text(place, rule.y, rule.text, transform=margin, fontsize=7, va=where, ha=side, color=INK)
     _dress(axes, chart)
 
 

@@ -55,7 +55,8 @@ def throughput(done: Sequence[Answer]) -> Chart | None:
     counts = tokens_per_second(done)
     if not counts:
         return None
-    line = Series("", _COLOUR, tuple(map(float, range(len(counts) + 1))), (counts[0], *counts), markers=False)
+    # A step holds from its own second to the next: the last one needs an end.
+    line = Series("", _COLOUR, tuple(map(float, range(len(counts) + 1))), (*counts, counts[-1]), markers=False)
     note = "chunks with tokens, by the second in which they came; of requests that completed"
     return Chart(
         "throughput", "Load", "Output tokens over time", note, "seconds from the first request",
