@@ -23,7 +23,7 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// In the order of `FoldedStates.fields` in kernels/folded.py.
+// In the order of `FoldedStates.native_fields` in kernels/folded.py.
 Folded folded_of(const std::vector<int64_t>& f) {
     if (f.size() != kFields)
         throw std::invalid_argument("a folded state has 16 fields, got " + std::to_string(f.size()));

@@ -27,7 +27,7 @@ class CpuFolding(CpuSealing):
         call(
             _native.fold,
             self._instruction_set,
-            states.fields,
+            states.native_fields,
             *(part.data_ptr() for part in (*places, *tokens)),
             len(rows),
             self._threads,
@@ -51,7 +51,7 @@ class CpuFolding(CpuSealing):
         call(
             _native.merge_folded,
             self._instruction_set,
-            states.fields,
+            states.native_fields,
             layer,
             rows.data_ptr(),
             len(rows),

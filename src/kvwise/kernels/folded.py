@@ -55,8 +55,8 @@ class FoldedStates:
     values: Tensor  # H float32 [rows, L, H, R, D]
     weights: Tensor  # z float32 [rows, L, H, R]
     maps: Maps
-    # D, hidden, R, rows, L, H, Hq, and the addresses of values, weights and the maps' tensors, in order
-    fields: tuple[int, ...] = field(init=False)
+    # For native kernels: D, hidden, R, rows, L, H, Hq, addresses of values, weights and the maps' tensors, in order.
+    native_fields: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         maps = self.maps
@@ -79,6 +79,6 @@ class FoldedStates:
                 raise UsageError(f"{name} {tuple(tensor.shape)} {tensor.dtype} must be float32 {wanted[name]}")
         sizes = (dim, hidden, rank, num_rows, num_layers, num_heads, num_query_heads)
         tensors = (self.values, self.weights, *maps.tensors().values())
-        object.__setattr__(self, "fields", (*sizes, *(tensor.data_ptr() for tensor in tensors)))
+        object.__setattr__(self, "native_fields", (*sizes, *(tensor.data_ptr() for tensor in tensors)))
         if num_query_heads % num_heads:
             raise UsageError(f"{num_query_heads} query heads are not a multiple of {num_heads} KV heads")
