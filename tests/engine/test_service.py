@@ -1,6 +1,7 @@
 """The async bridge: streams, room, aborts, draining, switching."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from kvwise.core.params import SamplingParams
 from kvwise.engine.engine import Engine
 from kvwise.engine.llm import LLM
 from kvwise.engine.service import EngineService, Generate, Overloaded, ServiceLimits, State, Unavailable
+from kvwise.engine.stream import Stream
 from kvwise.methods.catalogue import parse
 from kvwise.models.load import load_model
 from kvwise.models.loaded import LoadedModel
@@ -99,12 +101,48 @@ def test_samples_and_their_logprobs_are_told_apart(loaded: LoadedModel) -> None:
     run(test)
 
 
+def test_a_first_token_is_told_before_those_of_requests_that_run(loaded: LoadedModel) -> None:
+    async def test() -> None:
+        async with serving(loaded) as service:
+            told: list[str] = []
+
+            async def read(name: str, stream: Stream) -> None:
+                async for _ in stream:
+                    told.append(name)
+
+            readers = [asyncio.create_task(read("running", service.submit(Generate(PROMPT, LONG, "running"))))]
+            while not told:
+                await asyncio.sleep(0.01)
+            held, go_on = threading.Event(), threading.Event()
+
+            def hold(engine: Engine) -> None:
+                held.set()
+                assert go_on.wait(30)
+
+            holding = asyncio.create_task(service.call(hold))
+            assert await asyncio.to_thread(held.wait, 30)
+            await asyncio.sleep(0.05)  # what came before has been read
+            readers.append(asyncio.create_task(read("new", service.submit(Generate(PROMPT[:8], GREEDY, "new")))))
+            await asyncio.sleep(0.05)
+            told.clear()
+            go_on.set()
+            while len(told) < 2:
+                await asyncio.sleep(0.01)
+            assert told[:2] == ["new", "running"]
+            await holding
+            for stream in service.streams():
+                stream.abort()
+            await asyncio.gather(*readers)
+
+    run(test)
+
+
 def test_news_that_nobody_takes_are_merged(loaded: LoadedModel) -> None:
     async def test() -> None:
         async with serving(loaded) as service:
             stream = service.submit(Generate(PROMPT, GREEDY, "a"))
             while not stream.ended:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.01)  # without a pause the engine would hardly get to run on a busy machine
             pieces = [news async for news in stream]
             assert len(pieces) == 1
             assert pieces[0].token_ids == plain(loaded, PROMPT)

@@ -209,11 +209,10 @@ class EngineService:
 
     def _deliver(self, news: Sequence[tuple[RequestOutput, News]]) -> None:
         """Put a step's news into their streams, and abort those that nobody reads."""
-        now = self.clock.now()
-        for output, one in news:
-            if output.request_id not in self._streams:
-                continue
-            _, stream = self._streams[output.request_id]
+        now, streams = self.clock.now(), self._streams
+        told = [(streams[output.request_id][1], output, one) for output, one in news if output.request_id in streams]
+        told.sort(key=lambda each: each[0].num_tokens > 0)  # a first token is waited for: its reader is woken first
+        for stream, output, one in told:
             if output.index == 0:
                 stream.metrics, stream.attestation = output.metrics, output.attestation
             stream.put(one, now)

@@ -22,7 +22,7 @@ from kvwise.server.live import routes as live
 from kvwise.server.observing import metrics
 from kvwise.server.openapi import document, locked_paths
 
-_MODULES = (health, model_routes, chat, completions, tokenize, metrics, admin, live)
+_MODULES = (chat, completions, health, model_routes, tokenize, metrics, admin, live)  # the router asks in this order
 
 
 class App(FastAPI):

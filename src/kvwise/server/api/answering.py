@@ -10,9 +10,9 @@ from fastapi import Request, Response
 
 from kvwise.core.output import FinishReason
 from kvwise.engine.stream import News
-from kvwise.server.api.generation import GONE, Generation, Order
+from kvwise.server.api.generation import Generation, Order
 from kvwise.server.api.schema import GenerationRequest
-from kvwise.server.api.sse import EventStream, Format, Framing, dumps
+from kvwise.server.api.sse import EventStream, Format, Framing, dumps, nobody
 from kvwise.server.api.usage import attested, usage
 from kvwise.server.context import Server
 from kvwise.server.record import RequestRecord
@@ -55,7 +55,7 @@ def finish_reason(end: News) -> str:
 async def respond(
     server: Server, request: Request, body: GenerationRequest, order: Order, record: RequestRecord, form: Answer
 ) -> Response:
-    """Carry out an order. What it fails of before the answer begins is raised."""
+    """Carry out an order. What it fails of before the answer begins is raised; of a stream, when that is called."""
     record.session = order.caching.session
     if server.settings.log_prompts:
         record.prompt = "\n".join(server.service.loaded.tokenizer.decode(one.tokens) for one in order.prompts)
@@ -63,9 +63,6 @@ async def respond(
     async with AsyncExitStack() as stack:
         generation = await stack.enter_async_context(Generation.submit(server, request, order, record))
         if body.stream:
-            await generation.begun(server.settings.sse_keep_alive_s)
-            if generation.disconnected:
-                return _nobody()
             wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
             framing = Framing(head | {"object": form.chunk_object}, include_usage=wants_usage)
             return EventStream(
@@ -74,7 +71,7 @@ async def respond(
             )  # fmt: skip
         samples = await generation.whole()
         if generation.disconnected:
-            return _nobody()
+            return nobody()
         record.status = 200
         generation.hand_over(sum(len(news.token_ids) for news in samples))
         answer = head | {"choices": _choices(form, samples), "usage": usage(generation.streams, generation.firsts)}
@@ -87,8 +84,3 @@ def _choices(form: Answer, samples: Sequence[News]) -> list[dict[str, Any]]:
 
 def _now() -> int:
     return int(time.time())
-
-
-def _nobody() -> Response:
-    """The answer to a client that has left; nobody reads it."""
-    return Response(status_code=GONE)

@@ -56,10 +56,11 @@ async def _prompts(server: Server, given: list[str] | list[list[int]]) -> Sequen
     if len(given) > server.settings.max_prompts:
         most = server.settings.max_prompts
         raise ApiError(400, f"{len(given)} prompts are more than {most}, the limit", param="prompt")
-    prompts = []
+    prompts: list[Prompt] = []
     for one in given:
+        if prompts:
+            await asyncio.sleep(0)  # a batch of many texts does not hold up the others
         prompts.append(await text_prompt(server, one) if isinstance(one, str) else _ids_prompt(server, one))
-        await asyncio.sleep(0)  # a batch of many texts does not hold up the others
     if any(not one.tokens for one in prompts):
         raise ApiError(400, "a prompt is empty: give at least one token", param="prompt")
     return prompts

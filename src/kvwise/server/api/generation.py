@@ -15,6 +15,7 @@ from kvwise.core.params import SamplingParams
 from kvwise.engine.service import Generate
 from kvwise.engine.stream import News, Stream
 from kvwise.server.api.caching import Caching
+from kvwise.server.api.deadline import Patience
 from kvwise.server.api.prompts import Prompt
 from kvwise.server.api.sampling import refused_for_length
 from kvwise.server.api.usage import cached_tokens
@@ -213,19 +214,19 @@ class Generation:
         It ends when all samples have, or the client left; raises `failure`.
         """
         num_left = self.num_samples - len(self.ends)
-        while num_left > 0 or self._news:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
+        with contextlib.closing(Patience(timeout_s)) as patience:
+            while num_left > 0 or self._news:
+                with contextlib.suppress(TimeoutError), patience:
                     await self._wake.wait()
-            self._wake.clear()
-            self._take()
-            taken, self._news = self._news, {}
-            if self.disconnected:
-                return
-            if (failure := self.failure) is not None:
-                raise failure
-            yield taken
-            num_left = self.num_samples - len(self.ends)
+                self._wake.clear()
+                self._take()
+                taken, self._news = self._news, {}
+                if self.disconnected:
+                    return
+                if (failure := self.failure) is not None:
+                    raise failure
+                yield taken
+                num_left = self.num_samples - len(self.ends)
 
     async def whole(self) -> list[News]:
         """All of every sample, in order; raises `failure`. Short if the client left."""

@@ -1,17 +1,17 @@
 """Answers as a stream of server-sent events, pure ASGI: each send has a deadline, and a leaving client is seen."""
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, closing
 from typing import Any, Protocol
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from kvwise.engine.stream import News
-from kvwise.server.api.generation import Generation
+from kvwise.server.api.deadline import Patience
+from kvwise.server.api.generation import GONE, Generation
 from kvwise.server.api.usage import usage
 from kvwise.server.errors import as_api_error
 
@@ -65,6 +65,11 @@ def dumps(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+def nobody() -> Response:
+    """The answer to a client that has left; nobody reads it."""
+    return Response(status_code=GONE)
+
+
 class EventStream(Response):
     """Writes a generation to its client. Owns it: when the answer ends, nothing of it runs any more."""
 
@@ -85,16 +90,24 @@ class EventStream(Response):
         self._send_s = send_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer. A client that takes nothing for `send_s` is left without an end of its answer: it is cut off."""
+        """Answer, from the first token on: what the order fails of before that is raised.
+
+        A client that takes nothing for `send_s` is left without an end of its answer: it is cut off.
+        """
         generation = self._generation
         async with self._owned:
+            await generation.begun(self._keep_alive_s)
+            if generation.disconnected:
+                await nobody()(scope, receive, send)
+                return
             try:
                 generation.record.status = self.status_code
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                async with aclosing(self._events()) as events:
-                    async for data in events:
-                        async with asyncio.timeout(self._send_s):
-                            await send({"type": "http.response.body", "body": data, "more_body": True})
+                with closing(Patience(self._send_s)) as patience:
+                    async with aclosing(self._events()) as events:
+                        async for data in events:
+                            with patience:
+                                await send({"type": "http.response.body", "body": data, "more_body": True})
                 if not generation.disconnected:
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
             except TimeoutError:
