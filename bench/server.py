@@ -5,7 +5,7 @@ engine's thread step its engine in a loop, while the server has nothing to do; t
 in a process of its own, which asks the server over HTTP and streams. That both sides have one engine matters: two
 processes with equal engines differ by several per cent, for as long as they live.
 
-Workloads: a burst (all requests at once), paced (twice as many, Poisson arrivals at half of that rate), and alone
+Workloads: a burst (all requests at once), paced (four times as many, Poisson arrivals at half of that rate), and alone
 (one request at a time). Both sides are greedy and get the same prompts, under salts of their own, so that nobody finds
 the other's in the cache. The time to the first token is that from the moment at which a request is due, over HTTP from
 when it is sent (a client's timer is late by up to 2 ms, which is no matter of the server's), until its first token is
@@ -56,7 +56,7 @@ from machine import write_results
 RATIO, LATER_MS = 0.95, 5.0
 WORKLOADS = ("burst", "burst", "paced", "paced", "burst", "burst", "alone")  # of a repeat; each side goes first in turn
 WARM_UP = ("burst", "alone")
-PACED_MORE = 2  # times as many requests: their times to the first token spread most
+PACED_MORE = 4  # times as many requests: their times to the first token spread most
 ALONE_OUTPUT = 16  # tokens of an answer: enough of them to see the first
 Side = Callable[[Sequence[Asked], int], Seen]
 

@@ -1,7 +1,9 @@
 """The async bridge: streams, room, aborts, draining, switching."""
 
 import asyncio
+import math
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -12,7 +14,7 @@ import pytest
 from kvwise.core.clock import VirtualClock
 from kvwise.core.config import EngineConfig
 from kvwise.core.errors import CapacityError, InvariantError, RequestError, UsageError
-from kvwise.core.output import FinishReason
+from kvwise.core.output import FinishReason, RequestOutput
 from kvwise.core.params import SamplingParams
 from kvwise.engine.engine import Engine
 from kvwise.engine.llm import LLM
@@ -133,6 +135,47 @@ def test_a_first_token_is_told_before_those_of_requests_that_run(loaded: LoadedM
             for stream in service.streams():
                 stream.abort()
             await asyncio.gather(*readers)
+
+    run(test)
+
+
+def test_the_next_step_lets_a_first_token_go_first(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvwise.engine.service._STEP_SHARE", math.inf)
+    monkeypatch.setattr("kvwise.engine.service._MOMENT_S", 30.0)
+
+    async def test() -> None:
+        async with serving(loaded) as service:
+            seen: list[str] = []
+
+            def watch(engine: Engine) -> None:
+                step = engine.step
+
+                def noted() -> list[RequestOutput]:
+                    seen.append("step")
+                    return step()
+
+                monkeypatch.setattr(engine, "step", noted)
+
+            await service.call(watch)
+            for number in range(5):
+                seen.clear()
+                stream = service.submit(Generate(PROMPT[number : number + 40], GREEDY, f"{number}"))
+                await stream.begun()
+                seen.append("read")
+                await stream.whole()
+                assert seen.index("read") == 1
+                assert seen.count("step") > 2
+
+    run(test)
+
+
+def test_steps_go_on_while_the_loop_is_busy(loaded: LoadedModel) -> None:
+    async def test() -> None:
+        async with serving(loaded) as service:
+            stream = service.submit(Generate(PROMPT, GREEDY, "a"))
+            time.sleep(0.5)  # nobody takes the first token
+            await asyncio.sleep(0)
+            assert stream.num_tokens == GREEDY.max_tokens
 
     run(test)
 

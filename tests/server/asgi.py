@@ -143,5 +143,5 @@ async def settled(server: Server) -> tuple[int, int]:
 
     async with asyncio.timeout(PATIENCE_S):
         while server.service.streams():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)  # without a pause the engine's thread would hardly get the interpreter's lock
         return await server.service.call(look)

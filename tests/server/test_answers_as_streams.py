@@ -111,6 +111,25 @@ def test_a_silent_stream_is_kept_alive_by_comments(make: Any, path: str) -> None
     asyncio.run(main())
 
 
+def test_a_first_token_is_told_though_it_is_half_a_character(make: Any) -> None:
+    async def main() -> None:
+        server = make()
+        async with running(server) as app:
+            steps = await pace(server)
+            half = {"logit_bias": {"195": 100}, "ignore_eos": True}  # a byte that begins a character
+            asked = Asked(app, COMPLETIONS, body(COMPLETIONS, stream=True, **half))
+            steps.allow(1)
+            await asked.until(lambda one: bool(one.events))
+            assert asked.events[0]["choices"][0]["text"] == ""
+            steps.allow(float("inf"))
+            await asked.done()
+            texts = [one["choices"][0]["text"] for one in asked.events[:-1]]
+            assert set("".join(texts)) == {"\ufffd"}
+            assert all(texts[1:])
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_engine_that_fails_tells_nothing_of_itself(make: Any, stream: bool, caplog: Any) -> None:
     async def main() -> None:

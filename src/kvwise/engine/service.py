@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -26,6 +27,7 @@ __all__ = ["EngineService", "EngineSnapshot", "Generate", "Overloaded", "Service
 
 _log = logging.getLogger(__name__)
 _SOON_S, _LATER_S = 1.0, 5.0  # when to come again: after a switch of strategy, after anything else
+_STEP_SHARE, _MOMENT_S = 0.02, 0.002  # a first token's way out may hold up the next step: of the last one, at most
 _T = TypeVar("_T")
 
 
@@ -199,28 +201,49 @@ class EngineService:
 
     # -- news ---------------------------------------------------------------------------------------------------
 
-    def _on_news(self, lane: Lane, news: Sequence[tuple[RequestOutput, News]]) -> None:
-        self._on_loop(lambda: self._deliver(news))
+    def _on_news(self, news: Sequence[tuple[RequestOutput, News]], took_s: float) -> None:
+        """On the engine's thread, after a step of `took_s` seconds.
+
+        Both threads need the interpreter's lock, and in turns a first token takes twice as long to its reader. So the
+        next step lets it go first, for as long as the engine will not feel.
+        """
+        first_told = threading.Event()
+        self._on_loop(lambda: self._deliver(news, first_told))
+        if any(_is_first(output) for output, _ in news):
+            first_told.wait(min(_STEP_SHARE * took_s, _MOMENT_S))
 
     def _on_loop(self, work: Callable[[], None]) -> None:
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop has been closed under us: nobody is left to be told
             self._loop.call_soon_threadsafe(work)
 
-    def _deliver(self, news: Sequence[tuple[RequestOutput, News]]) -> None:
-        """Put a step's news into their streams, and abort those that nobody reads."""
-        now, streams = self.clock.now(), self._streams
-        told = [(streams[output.request_id][1], output, one) for output, one in news if output.request_id in streams]
-        told.sort(key=lambda each: each[0].num_tokens > 0)  # a first token is waited for: its reader is woken first
-        for stream, output, one in told:
-            if output.index == 0:
-                stream.metrics, stream.attestation = output.metrics, output.attestation
-            stream.put(one, now)
-            if stream.ended:
-                self._forget(stream)
-            elif stream.unread_for(now) > self.limits.slow_reader_s and not stream.aborted:
-                _log.warning("request %s is aborted: nobody reads it", stream.request_id)
-                stream.abort()
+    def _deliver(self, news: Sequence[tuple[RequestOutput, News]], first_told: threading.Event) -> None:
+        """Put a step's news into their streams. `first_told` is set when readers of first tokens have had their turn.
+
+        The loop runs them in the order in which they are woken: those who wait for a first token come first.
+        """
+        now = self.clock.now()
+        for output, one in news:
+            if _is_first(output):
+                self._put(output, one, now)
+        asyncio.get_running_loop().call_soon(first_told.set)
+        for output, one in news:
+            if not _is_first(output):
+                self._put(output, one, now)
+
+    def _put(self, output: RequestOutput, news: News, now: float) -> None:
+        """Put news into its stream, and abort what nobody reads."""
+        if output.request_id not in self._streams:
+            return
+        _, stream = self._streams[output.request_id]
+        if output.index == 0:
+            stream.metrics, stream.attestation = output.metrics, output.attestation
+        stream.put(news, now)
+        if stream.ended:
+            self._forget(stream)
+        elif stream.unread_for(now) > self.limits.slow_reader_s and not stream.aborted:
+            _log.warning("request %s is aborted: nobody reads it", stream.request_id)
+            stream.abort()
 
     def _forget(self, stream: Stream) -> None:
         self._streams.pop(stream.request_id, None)
@@ -283,10 +306,10 @@ class EngineService:
         """The last figures of engines that a switch has replaced, oldest first."""
         return list(self._thread.retired)
 
-    @property
-    def listeners(self) -> list[Callable[[Sequence[RequestOutput]], None]]:
-        """Called on the engine's thread with each step's outputs; must be quick, and must not raise."""
-        return self._thread.listeners
+
+def _is_first(output: RequestOutput) -> bool:
+    """Whether it has the first tokens of its sample."""
+    return bool(output.new_token_ids) and len(output.new_token_ids) == len(output.token_ids)
 
 
 def _share(config: EngineConfig, count: int) -> EngineConfig:

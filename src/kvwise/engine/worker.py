@@ -20,7 +20,7 @@ _IDLE_S = 0.05  # an engine with nothing to do still expires what is due, this o
 _SNAPSHOT_S = 0.1  # figures are at most so old
 _RATE_S = 10.0  # over which the speed is averaged
 T = TypeVar("T")
-Told = Callable[["Lane", Sequence[tuple[RequestOutput, News]]], None]
+Told = Callable[[Sequence[tuple[RequestOutput, News]], float], None]
 
 
 @dataclass(slots=True)
@@ -70,12 +70,11 @@ class Lane:
 class EngineThread:
     """Steps the engines of all lanes. What it does is asked for by `put`, and happens between two steps.
 
-    `tell` gets each step's outputs and what they add; `listeners` the outputs; both on this thread.
+    `tell` gets each step's outputs, what they add, and the seconds that the step took. The next one waits for it.
     """
 
     def __init__(self, lanes: Mapping[str, Lane], clock: Clock, tell: Told) -> None:
         self.lanes = dict(lanes)
-        self.listeners: list[Callable[[Sequence[RequestOutput]], None]] = []
         self.snapshots: dict[str, EngineSnapshot] = {}
         self.retired: list[EngineSnapshot] = []  # the last figures of engines that were replaced, oldest first
         self.busy_since: float | None = None  # when the step that is running began
@@ -202,7 +201,7 @@ class EngineThread:
             outputs = self._fail(lane, error)
         now = self._clock.now()
         self.busy_since = None
-        self._hand_over(lane, outputs)
+        self._hand_over(lane, outputs, now - began)
         self._note_rate(lane.engine.num_step_tokens, now - began)
         if now - self.snapshots[lane.name].at >= _SNAPSHOT_S:
             self._note_figures(lane)
@@ -213,12 +212,10 @@ class EngineThread:
         reason = f"{type(error).__name__}: {error}"
         return [replace(o, finish_reason=FinishReason.ERROR, error=o.error or reason) for o in lane.engine.collect()]
 
-    def _hand_over(self, lane: Lane, outputs: Sequence[RequestOutput]) -> None:
+    def _hand_over(self, lane: Lane, outputs: Sequence[RequestOutput], took_s: float = 0.0) -> None:
         lane.queued = lane.engine.num_waiting
         if outputs:
-            for listener in self.listeners:
-                listener(outputs)
-            self._tell(lane, [(output, lane.news(output)) for output in outputs])
+            self._tell([(output, lane.news(output)) for output in outputs], took_s)
 
     def _note_rate(self, num_tokens: int, seconds: float) -> None:
         if num_tokens and seconds > 0:

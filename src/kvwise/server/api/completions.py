@@ -83,15 +83,20 @@ class _Completion:
         self._attest = attest
         self._logprobs = logprobs
         self._told: dict[int, CompletionLogprobs] = {}  # by sample: offsets go on from chunk to chunk
+        self._begun: set[int] = set()  # samples
 
     def opening(self, index: int) -> str | None:
         """None."""
         return None
 
     def piece(self, index: int, news: News) -> str | None:
-        """A piece of text; the last one is told by `closing`."""
-        if news.finish_reason is not None or not (news.text or news.logprobs):
+        """A piece of text; the last one is told by `closing`.
+
+        The first one also while it is empty, which half a character is: it tells that there is a first token.
+        """
+        if news.finish_reason is not None or (index in self._begun and not (news.text or news.logprobs)):
             return None
+        self._begun.add(index)
         logprobs = dumps(self._logprobs_of(index, news)) if self._logprobs else "null"
         return f'{{"index":{index},"text":{dumps(news.text)},"logprobs":{logprobs},"finish_reason":null}}'
 
