@@ -172,11 +172,23 @@ def test_events_tell_the_chain_and_the_removal(cache):
 
 
 def test_a_full_event_log_counts_what_it_loses(make_cache):
-    cache = make_cache(max_events=2)
+    cache = make_cache(max_event_blocks=2)
     for _ in range(3):
         cache.clear()
     assert len(cache.drain_events()) == 2
     assert cache.num_lost_events == 1
+
+
+def test_an_event_log_is_bounded_by_the_blocks_that_it_names(make_cache):
+    cache = make_cache(max_event_blocks=4)
+    for salt in ("a", "b", "c"):
+        cache.release(cache.prefill(PROMPT, salt=salt))
+    stored = cache.drain_events()
+    assert [len(event.keys) for event in stored] == [3]
+    assert cache.num_lost_events == 2
+    cache.release(cache.prefill(PROMPT[:4], salt="d"))
+    assert [len(event.keys) for event in cache.drain_events()] == [1]
+    assert cache.num_lost_events == 2
 
 
 def test_rows_with_and_without_keys_can_be_committed_together(cache):

@@ -34,23 +34,35 @@ Event = BlocksStored | BlocksRemoved | AllBlocksCleared
 
 
 class EventLog:
-    """The last `capacity` events until somebody drains them; what overflowed is counted, never silent."""
+    """The last events until somebody drains them; what overflowed is counted, never silent.
+
+    They name at most `capacity` blocks together (one that names none counts as one), or there is a single event.
+    """
 
     def __init__(self, capacity: int) -> None:
-        self._events: deque[Event] = deque(maxlen=capacity)
+        self._capacity = capacity
+        self._events: deque[Event] = deque()
+        self._num_named = 0
         self.num_lost = 0
 
     def __len__(self) -> int:
         return len(self._events)
 
     def append(self, event: Event) -> None:
-        """Add an event; the oldest falls out of a full log."""
-        if len(self._events) == self._events.maxlen:
-            self.num_lost += 1
+        """Add an event; the oldest fall out of a full log."""
         self._events.append(event)
+        self._num_named += _num_named(event)
+        while self._num_named > self._capacity and len(self._events) > 1:
+            self._num_named -= _num_named(self._events.popleft())
+            self.num_lost += 1
 
     def drain(self) -> list[Event]:
         """Return and forget all events, oldest first."""
         events = list(self._events)
         self._events.clear()
+        self._num_named = 0
         return events
+
+
+def _num_named(event: Event) -> int:
+    return 1 if isinstance(event, AllBlocksCleared) else max(1, len(event.keys))

@@ -53,7 +53,7 @@ class CacheManager(Keeping, Figures):
         identity: Identity,
         policy: ReplacementPolicy,
         clock: Clock,
-        max_events: int = 10_000,
+        max_event_blocks: int = 10_000,
         quotas: Mapping[str, int] | None = None,
         packed_per_block: int = 0,
     ) -> None:
@@ -74,7 +74,7 @@ class CacheManager(Keeping, Figures):
         self.num_prefix_queries = 0  # tokens looked up by admitted requests
         self.num_prefix_hits = 0  # tokens found
         self._pool = BlockPool(num_blocks, pages_per_block, packed_per_block)
-        self._store = BlockStore(self._pool, policy, clock, max_events, quotas or {})
+        self._store = BlockStore(self._pool, policy, clock, max_event_blocks, quotas or {})
         self._rows = SequenceTables(max_sequences, max_blocks_per_sequence)
         self._sequences = Sequences(self._store, self._rows, block_size)
         self._paging = Paging(self._store, self._rows)

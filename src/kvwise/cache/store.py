@@ -60,7 +60,7 @@ class BlockStore:
     """
 
     def __init__(
-        self, pool: BlockPool, policy: ReplacementPolicy, clock: Clock, max_events: int, quotas: Mapping[str, int]
+        self, pool: BlockPool, policy: ReplacementPolicy, clock: Clock, max_event_blocks: int, quotas: Mapping[str, int]
     ) -> None:
         self.pool = pool
         self.policy = policy
@@ -69,7 +69,7 @@ class BlockStore:
         self.lifecycle = Lifecycle(pool.num_blocks)
         self.ages = BlockAges(pool.num_blocks)
         self.ledger = Ledger(capacity=max(4 * pool.num_blocks, 1024))
-        self.events = EventLog(max_events)
+        self.events = EventLog(max_event_blocks)
         self.quotas = Quotas(quotas)
         self.terms: list[Terms] = [NO_LIMIT] * pool.num_blocks  # of published blocks
         self.held: npt.NDArray[np.int32] = np.zeros(pool.num_blocks, np.int32)
