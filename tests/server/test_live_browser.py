@@ -1,6 +1,7 @@
 """The live view as people use it, in real Chromium without a network: what it shows, by pointer, keys and ear."""
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,6 +127,19 @@ def test_a_prompt_sent_twice_hits(open_server: Served, open_page: Any) -> None:
     expect(mine.first).to_contain_text("all kept")
     expect(page.locator("#legend li", has_text="cached").locator("b")).not_to_have_text("0")
     assert page.heard == []
+
+
+def test_a_request_is_known_as_ones_own_though_the_feed_tells_of_it_first(open_server: Served, open_page: Any) -> None:
+    page = open_page(open_server.url)
+
+    def late(route: Any) -> None:
+        whole = route.fetch()
+        time.sleep(1.5)  # meanwhile the page has a picture in which the request has ended
+        route.fulfill(response=whole)
+
+    page.route("**/v1/completions", late)
+    send(page, "known as soon as its first chunk is here")
+    expect(page.locator("#recent tr.mine")).to_have_count(1)
 
 
 def test_what_is_refused_is_said(open_server: Served, open_page: Any) -> None:

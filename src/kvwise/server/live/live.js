@@ -10,7 +10,7 @@ let paused = false, count;
 
 const feed = new Feed({ picture: onPicture, link: onLink });
 const view = new View((strategy, block) => feed.holders(strategy, block));
-const prompt = new Prompt(() => feed.key);
+const prompt = new Prompt(() => feed.key, drawRows);
 
 function onPicture(kind, news) {
   const { maps, series, ...rest } = news, whole = kind === "whole";
@@ -22,11 +22,15 @@ function onPicture(kind, news) {
   if (maps || rest.strategies) view.placeMaps(picture.strategies);
   if (series) view.series(series, whole);
   view.drawFigures(picture);
-  const mine = (id) => prompt.mine(id);
-  view.drawRequests(picture, mine);
-  if (rest.recent) view.drawEnded(picture, mine);
+  drawRows("recent" in rest);
   if (rest.engines) view.drawEngines(picture);
   drawHead(before);
+}
+
+function drawRows(ended = true) {
+  const mine = (id) => prompt.mine(id);
+  view.drawRequests(picture, mine);
+  if (ended) view.drawEnded(picture, mine);
 }
 
 function drawHead(before) {

@@ -3,8 +3,9 @@ import { messageOf, parse, read, write } from "./live_feed.js";
 import { at, count, make, say, seconds, share } from "./live_parts.js";
 
 export class Prompt {
-  constructor(viewKey) {
+  constructor(viewKey, onId) {
     this.viewKey = viewKey; // the key that opened the feed
+    this.onId = onId; // told of each new one of `ids`: the feed may have shown that request before
     this.ids = new Set(); // of the requests that this page has sent
     at("api-key").value = read("kvwise-api-key");
     at("prompt").addEventListener("submit", (event) => { event.preventDefault(); this.send(); });
@@ -70,9 +71,12 @@ export class Prompt {
     at("answer").textContent = "";
     await events(answer.body.getReader(), (chunk) => {
       if (chunk.error) throw new Error(chunk.error.message);
-      this.ids.add(chunk.id);
+      if (!this.ids.has(chunk.id)) {
+        this.ids.add(chunk.id);
+        this.onId();
+      }
       const [choice] = chunk.choices;
-      if (choice?.text) {
+      if (choice) {
         done.first ??= (performance.now() - started) / 1000;
         at("answer").append(choice.text);
       }
