@@ -139,6 +139,21 @@ def test_a_first_token_is_told_before_those_of_requests_that_run(loaded: LoadedM
     run(test)
 
 
+async def noted(service: EngineService, note: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each step noted before it begins."""
+
+    def watch(engine: Engine) -> None:
+        step = engine.step
+
+        def noted_step() -> list[RequestOutput]:
+            note()
+            return step()
+
+        monkeypatch.setattr(engine, "step", noted_step)
+
+    await service.call(watch)
+
+
 def test_the_next_step_lets_a_first_token_go_first(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvwise.engine.service._STEP_SHARE", math.inf)
     monkeypatch.setattr("kvwise.engine.service._MOMENT_S", 30.0)
@@ -146,17 +161,7 @@ def test_the_next_step_lets_a_first_token_go_first(loaded: LoadedModel, monkeypa
     async def test() -> None:
         async with serving(loaded) as service:
             seen: list[str] = []
-
-            def watch(engine: Engine) -> None:
-                step = engine.step
-
-                def noted() -> list[RequestOutput]:
-                    seen.append("step")
-                    return step()
-
-                monkeypatch.setattr(engine, "step", noted)
-
-            await service.call(watch)
+            await noted(service, lambda: seen.append("step"), monkeypatch)
             for number in range(5):
                 seen.clear()
                 stream = service.submit(Generate(PROMPT[number : number + 40], GREEDY, f"{number}"))
@@ -169,13 +174,17 @@ def test_the_next_step_lets_a_first_token_go_first(loaded: LoadedModel, monkeypa
     run(test)
 
 
-def test_steps_go_on_while_the_loop_is_busy(loaded: LoadedModel) -> None:
+def test_steps_go_on_while_the_loop_is_busy(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with serving(loaded) as service:
+            steps: list[None] = []
+            await noted(service, lambda: steps.append(None), monkeypatch)
             stream = service.submit(Generate(PROMPT, GREEDY, "a"))
-            time.sleep(0.5)  # nobody takes the first token
-            await asyncio.sleep(0)
-            assert stream.num_tokens == GREEDY.max_tokens
+            give_up = time.monotonic() + 30
+            while len(steps) < GREEDY.max_tokens and time.monotonic() < give_up:
+                time.sleep(0.01)  # the loop stands still: nobody takes the first token
+            assert len(steps) >= GREEDY.max_tokens
+            await stream.whole()
 
     run(test)
 
