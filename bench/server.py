@@ -13,7 +13,7 @@ in the caller's hands. Each turn has prompts of its own.
 
 Gates: tokens per second in a burst at least 0.95 of the engine's, median over all bursts; the median time to the first
 token at most 5 ms later: of a burst (median over all of them), and of all requests that come paced, or alone. Paced it
-spreads most, since a request waits for steps of tens of milliseconds, and is often missed on two cores that are shared.
+spreads most, since a request waits for steps of tens of milliseconds, and has little room on two cores that are shared.
 A machine that has other work to do shows in the spread: trust no figure that has a wide one.
 """
 
